@@ -1,0 +1,1 @@
+"""Self-attention over (B·heads, T, d)."""

@@ -1,0 +1,1 @@
+"""The losses of score distillation: student (generator) and fake score."""

@@ -1,0 +1,1 @@
+"""What happens between two network calls: preconditioning, re-noising, conversion to uint8."""

@@ -1,0 +1,241 @@
+"""Every operation of the library as one documented, differentiable function.
+
+Shapes: B batch, C channels, H×W pixels, T tokens. Activations may be float32, bfloat16, float16 (float64 for checks)
+in any memory format; channels_last stays channels_last.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from .kernels.attention import op as _attention
+from .kernels.distill_loss import reference as _distill_loss
+from .kernels.group_norm_silu import op as _group_norm_silu
+from .kernels.sampler_step import reference as _sampler_step
+
+Activation = Literal["silu"] | None
+
+
+def _check(condition: bool, message: str) -> None:
+    # a plain if: torch.compile folds it away, an assert would vanish under -O
+    if not condition:
+        raise ValueError(message)
+
+
+def _is_silu(activation: str | None) -> bool:
+    _check(activation in ("silu", None), f"activation must be 'silu' or None, not {activation!r}")
+    return activation == "silu"
+
+
+def _check_groups(x: Tensor, num_groups: int, vectors: dict[str, Tensor | None], rows: dict[str, Tensor | None]) -> None:
+    _check(x.ndim == 4, f"x must be (B, C, H, W), not {tuple(x.shape)}")
+    batch, channels = x.shape[:2]
+    _check(num_groups > 0 and channels % num_groups == 0, f"{channels} channels do not divide into {num_groups} groups")
+    for name, t in vectors.items():
+        _check(t is None or t.shape == (channels,), f"{name} must be ({channels},), not {t is not None and tuple(t.shape)}")
+    for name, t in rows.items():
+        _check(
+            t is None or t.shape == (batch, channels) or t.shape == (1, channels),
+            f"{name} must be ({batch}, {channels}) or (1, {channels}), not {t is not None and tuple(t.shape)}",
+        )
+
+
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float = 1e-5,
+    *,
+    emb: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: Activation = "silu",
+) -> Tensor:
+    """silu(norm(x + emb)·(1 + scale) + shift), GroupNorm (Wu & He 2018) with what surrounds it in the networks.
+
+    Args:
+        x: (B, C, H, W).
+        num_groups: divides C; statistics are taken in float32 over C/num_groups channels and all pixels.
+        weight, bias: (C,) affine of the norm, or None.
+        eps: added to the variance.
+        emb, scale, shift: (B, C) or (1, C) each, or None.
+        activation: "silu", or None for a plain norm.
+
+    Returns:
+        (B, C, H, W) in x's dtype and memory format.
+
+    Raises:
+        ValueError: a shape does not fit, or the activation is unknown.
+    """
+    silu = _is_silu(activation)
+    _check_groups(x, num_groups, {"weight": weight, "bias": bias}, {"emb": emb, "scale": scale, "shift": shift})
+    return _group_norm_silu.group_norm_silu(x, num_groups, weight, bias, eps, emb, scale, shift, silu)
+
+
+def residual_group_norm_silu(
+    h: Tensor,
+    skip: Tensor,
+    bias: Tensor | None,
+    skip_scale: float,
+    num_groups: int,
+    weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float = 1e-5,
+    *,
+    activation: Activation = "silu",
+) -> tuple[Tensor, Tensor]:
+    """r = (h + bias + skip)·skip_scale and y = silu(norm(r)): the residual join and the norm that follows it.
+
+    Args:
+        h, skip: (B, C, H, W), equal shapes.
+        bias: (C,) added to h (a convolution's bias), or None.
+        skip_scale: a number, √½ or 1 in the published networks.
+        num_groups, weight, norm_bias, eps, activation: as in `group_norm_silu`.
+
+    Returns:
+        (r, y), both (B, C, H, W) in h's dtype.
+
+    Raises:
+        ValueError: a shape does not fit, or the activation is unknown.
+    """
+    silu = _is_silu(activation)
+    _check(h.shape == skip.shape, f"h {tuple(h.shape)} and skip {tuple(skip.shape)} must have one shape")
+    _check_groups(h, num_groups, {"bias": bias, "weight": weight, "norm_bias": norm_bias}, {})
+    return _group_norm_silu.residual_group_norm_silu(
+        h, skip, bias, skip_scale, num_groups, weight, norm_bias, eps, silu
+    )
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ/√d) v with the softmax in float32 (Vaswani et al. 2017, eq. 1).
+
+    Args:
+        q, k, v: (B·heads, T, d), one shape and dtype.
+
+    Returns:
+        (B·heads, T, d) in v's dtype.
+
+    Raises:
+        ValueError: the shapes or dtypes differ, or are not three-dimensional.
+    """
+    _check(q.ndim == 3 and q.shape == k.shape == v.shape, "q, k, v must have one shape (B·heads, T, d)")
+    _check(q.dtype == k.dtype == v.dtype, f"q, k, v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    return _attention.attention(q, k, v)
+
+
+def fake_score_loss(y_fake: Tensor, images: Tensor, sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
+    """w(σ)·‖y_fake − x‖² with w = (σ² + s²)/(σ s)²: denoising score matching of the fake score (SiD, Algorithm 1).
+
+    Args:
+        y_fake: (B, …) the fake score's prediction of the clean image.
+        images: (B, …) the clean images.
+        sigma: (B,) or (B, 1, 1, 1) noise levels.
+        sigma_data: s, the data's standard deviation.
+
+    Returns:
+        (B,) per-sample sums; a sample with a NaN in y_fake or images is 0 and sends back zero gradient.
+
+    Raises:
+        ValueError: y_fake and images differ in shape, or sigma does not hold B values.
+    """
+    _check(y_fake.shape == images.shape, f"y_fake {tuple(y_fake.shape)} and images {tuple(images.shape)} must agree")
+    _check(sigma.numel() == images.shape[0], f"sigma must hold {images.shape[0]} values, not {sigma.numel()}")
+    return _distill_loss.fake_score_loss(y_fake, images, sigma, sigma_data)
+
+
+def sid_generator_loss(images: Tensor, y_real: Tensor, y_fake: Tensor, alpha: float = 1.2) -> Tensor:
+    """(y_r − y_f)·((y_r − x) − α(y_r − y_f))/ω with ω = mean|x − y_r| ≥ 1e-5 without gradient (SiD, eq. 23).
+
+    Args:
+        images: (B, …) the student's images x.
+        y_real, y_fake: (B, …) the teacher's and the fake score's predictions from the noised images.
+        alpha: 1.2 published, 1.0 for AFHQ.
+
+    Returns:
+        (B,) per-sample sums; a sample with a NaN in any input is 0 and sends back zero gradient.
+
+    Raises:
+        ValueError: the three shapes differ.
+    """
+    _check(images.shape == y_real.shape == y_fake.shape, "images, y_real and y_fake must have one shape")
+    return _distill_loss.sid_generator_loss(images, y_real, y_fake, alpha)
+
+
+def distill_losses(
+    images: Tensor, y_real: Tensor, y_fake: Tensor, sigma: Tensor, alpha: float = 1.2, sigma_data: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """`sid_generator_loss` and `fake_score_loss` of the same predictions.
+
+    The fake loss takes the images as data: it sends gradient to y_fake only.
+
+    Args:
+        images, y_real, y_fake, sigma, alpha, sigma_data: as in the two functions.
+
+    Returns:
+        (student (B,), fake (B,)).
+
+    Raises:
+        ValueError: shapes differ, or sigma does not hold B values.
+    """
+    _check(images.shape == y_real.shape == y_fake.shape, "images, y_real and y_fake must have one shape")
+    _check(sigma.numel() == images.shape[0], f"sigma must hold {images.shape[0]} values, not {sigma.numel()}")
+    return _distill_loss.distill_losses(images, y_real, y_fake, sigma, alpha, sigma_data)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """clip(x·127.5 + 128, 0, 255), truncated: images in [-1, 1] to bytes.
+
+    Args:
+        images: (B, C, H, W), any floating dtype.
+
+    Returns:
+        (B, H, W, C) uint8, contiguous.
+
+    Raises:
+        ValueError: images is not four-dimensional.
+    """
+    _check(images.ndim == 4, f"images must be (B, C, H, W), not {tuple(images.shape)}")
+    return _sampler_step.to_uint8(images)
+
+
+def precondition(x: Tensor, network_output: Tensor, c_skip: Tensor, c_out: Tensor) -> Tensor:
+    """D = c_skip·x + c_out·F (EDM, eq. 7), in x's dtype.
+
+    Args:
+        x, network_output: (B, C, H, W).
+        c_skip, c_out: broadcastable to x.
+
+    Returns:
+        (B, C, H, W) in x's dtype.
+    """
+    return _sampler_step.precondition(x, network_output, c_skip, c_out)
+
+
+def renoise(denoised: Tensor, noise: Tensor, scale: Tensor | float, sigma: Tensor | float) -> Tensor:
+    """x = scale·D + σ·n, the state from which a few-step sampler makes its next call.
+
+    Args:
+        denoised, noise: (B, C, H, W).
+        scale, sigma: numbers or tensors broadcastable to denoised.
+
+    Returns:
+        (B, C, H, W).
+    """
+    return _sampler_step.renoise(denoised, noise, scale, sigma)
+
+
+__all__ = [
+    "attention",
+    "distill_losses",
+    "fake_score_loss",
+    "group_norm_silu",
+    "precondition",
+    "renoise",
+    "residual_group_norm_silu",
+    "sid_generator_loss",
+    "to_uint8",
+]
+
