@@ -1,0 +1,115 @@
+"""Files that are either whole or not there: write beside the target, flush, rename."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+from ..errors import SignFastError, first_line
+
+_umask_lock = threading.Lock()
+_REMEDY = {
+    errno.ENOSPC: "the disk is full: free some space",
+    errno.EDQUOT: "the disk quota is used up: free some space",
+    errno.EACCES: "no permission to write there: choose another folder",
+    errno.EPERM: "no permission to write there: choose another folder",
+    errno.EROFS: "the file system is read-only: choose another folder",
+    errno.ENOTDIR: "a part of the path is a file: choose another folder",
+    errno.EEXIST: "a file of that name is in the way: choose another folder",
+    errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
+}
+
+
+@contextmanager
+def explain_os_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError about `path` into one line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        remedy = _REMEDY.get(error.errno or 0, first_line(error))
+        raise SignFastError(f"cannot write {path}: {remedy}") from error
+
+
+@lru_cache(maxsize=1)
+def _umask() -> int:
+    with _umask_lock:  # reading it means setting it
+        umask = os.umask(0o077)
+        os.umask(umask)
+    return umask
+
+
+def _ordinary_mode(path: Path) -> None:
+    """Temporary files are made private; give `path` the mode that any new file has."""
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
+    """Call `write(temporary)` and rename the result to `path`; on any error the temporary file is removed.
+
+    Args:
+        path: the target file; an older one is replaced in one step.
+        write: writes the whole content to the path it is given.
+
+    Raises:
+        SignFastError: the system refused (no space, no permission, …); `path` is as it was.
+    """
+    path = Path(path)
+    with explain_os_errors(path):
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            _ordinary_mode(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """`write_atomically` for text (UTF-8)."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def make_folder(path: str | os.PathLike[str]) -> Path:
+    """Make the folder (and its parents) and check that files can be made in it.
+
+    Raises:
+        SignFastError: it cannot be made or written.
+    """
+    path = Path(path)
+    with explain_os_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    return path
+
+
+def replace_folder(target: Path, fill: Callable[[Path], object]) -> None:
+    """Fill a temporary folder beside `target` and put it in its place; on any error `target` is as it was."""
+    make_folder(target.parent)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    _ordinary_mode(temporary)
+    old = temporary.with_suffix(".old")
+    try:
+        fill(temporary)
+        for file in temporary.iterdir():
+            _ordinary_mode(file)
+        with explain_os_errors(target):
+            if target.exists():
+                target.replace(old)
+            temporary.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.replace(target)
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,179 @@
+"""Networks on disk: a folder with config.json (class, arguments, what it is) and model.safetensors (the weights)."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import SignFastError, first_line
+from ..models.precond import Precond
+from ..models.presets import CLASSES, preset_names
+from .atomic import replace_folder, write_text
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+_FORMAT = "sign_fast network 1"
+
+
+def bundled_names() -> list[str]:
+    """Names of the networks that come with the library."""
+    root = files(__package__).joinpath("bundled")
+    return sorted(entry.name for entry in root.iterdir() if entry.joinpath(CONFIG).is_file()) if root.is_dir() else []
+
+
+def find(path_or_name: str | os.PathLike[str]) -> Path:
+    """The folder of a network.
+
+    Raises:
+        SignFastError: neither a folder with a network nor a bundled name.
+    """
+    text = os.fspath(path_or_name)
+    path = Path(text)
+    if text in bundled_names() and not path.is_dir():
+        return Path(str(files(__package__).joinpath("bundled", text)))
+    if path.name in (WEIGHTS, CONFIG) and path.is_file():
+        path = path.parent
+    if path.is_dir():
+        for name in (CONFIG, WEIGHTS):
+            if not (path / name).is_file():
+                raise SignFastError(f"{path} holds no {name}: name a folder with {CONFIG} and {WEIGHTS}")
+        return path
+    known = f"bundled: {', '.join(bundled_names()) or 'none'}"
+    if path.is_file():
+        raise SignFastError(f"{path} is a file: a network is a folder with {CONFIG} and {WEIGHTS}, or a bundled name ({known})")
+    if text in preset_names():
+        raise SignFastError(f"{text!r} is a preset without weights: name a trained network's folder or a bundled name ({known})")
+    raise SignFastError(f"no network {text!r}: name a folder with {CONFIG} and {WEIGHTS}, or a bundled name ({known})")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of config.json, checked.
+
+    Raises:
+        SignFastError: unreadable, not ours, or a class that the library does not have.
+    """
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SignFastError(f"{path} is not readable as JSON ({first_line(error)}): copy it again") from error
+    if not isinstance(config, dict) or config.get("format") != _FORMAT:
+        raise SignFastError(f"{path} does not say \"format\": \"{_FORMAT}\": it is not a network of this library")
+    if config.get("cls") not in CLASSES or not isinstance(config.get("kwargs"), dict):
+        raise SignFastError(f"{path}: cls must be one of {', '.join(CLASSES)} and kwargs a table")
+    return config
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises:
+        SignFastError: missing, truncated or not a safetensors file.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise SignFastError(f"{path} is not a whole safetensors file ({first_line(error)}): copy it again") from error
+
+
+def _names(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def check_state(state: dict[str, Tensor], expected: dict[str, Tensor], source: object) -> None:
+    """Compare names and shapes.
+
+    Raises:
+        SignFastError: naming up to three keys that are missing, unexpected or of another shape.
+    """
+    problems = []
+    if missing := [key for key in expected if key not in state]:
+        problems.append(f"lacks {_names(missing)}")
+    if unexpected := [key for key in state if key not in expected]:
+        problems.append(f"has unknown {_names(unexpected)}")
+    wrong = [
+        f"{key} {list(state[key].shape)} instead of {list(expected[key].shape)}"
+        for key in expected
+        if key in state and state[key].shape != expected[key].shape
+    ]
+    if wrong:
+        problems.append(f"has {_names(wrong)}")
+    if problems:
+        raise SignFastError(f"{source} {'; '.join(problems)}: weights and configuration are of different networks")
+
+
+def load_network(path_or_name: str | os.PathLike[str], device: str | torch.device | None = None) -> Precond:
+    """See `sign_fast.models.load`."""
+    folder = find(path_or_name)
+    config = read_config(folder)
+    state = read_weights(folder / WEIGHTS)
+    try:
+        with torch.device("meta"):
+            net = CLASSES[config["cls"]](**config["kwargs"])
+    except (TypeError, ValueError) as error:
+        raise SignFastError(f"{folder / CONFIG}: {first_line(error)}") from error
+    check_state(state, net.state_dict(), folder / WEIGHTS)
+    net.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+    net = net.eval().requires_grad_(False)
+    return net.to(resolve_device(device), memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for; None means CUDA where there is one, else the CPU.
+
+    Raises:
+        SignFastError: no such device here.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise SignFastError(f"device {device!r} is not a device: say cpu, cuda or cuda:N") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise SignFastError(f"device {chosen} is not here ({torch.cuda.device_count()} CUDA devices): say cpu")
+    return chosen
+
+
+def save_network(
+    folder: str | os.PathLike[str],
+    state: dict[str, Tensor],
+    cls: str,
+    kwargs: dict[str, Any],
+    *,
+    card: str | None = None,
+    **facts: Any,
+) -> None:
+    """Write a network's folder; an older one is replaced in one step.
+
+    Args:
+        folder: where to.
+        state: its state_dict, written in float32.
+        cls, kwargs: what builds it, e.g. "EDMPrecond" and its arguments.
+        card: text of README.md (the model card), or None.
+        facts: further entries of config.json, e.g. role="teacher".
+
+    Raises:
+        SignFastError: it cannot be written; nothing half-written is left.
+    """
+    config = {"format": _FORMAT, "cls": cls, "kwargs": kwargs, **facts}
+
+    def fill(temporary: Path) -> None:
+        tensors = {key: value.detach().cpu().float().contiguous() for key, value in state.items()}
+        try:
+            save_file(tensors, temporary / WEIGHTS)
+        except SafetensorError as error:
+            raise SignFastError(f"cannot write {folder}: {first_line(error)}: free some space or choose another") from error
+        write_text(temporary / CONFIG, json.dumps(config, indent=1) + "\n")
+        if card is not None:
+            write_text(temporary / "README.md", card)
+
+    replace_folder(Path(folder), fill)

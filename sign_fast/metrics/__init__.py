@@ -1,0 +1,1 @@
+"""How good images are: Fréchet distance on the features of a classifier."""

@@ -1,0 +1,75 @@
+"""Random numbers that belong to an image: each depends on the image's seed alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import SignFastError
+
+
+class SeededNoise:
+    """One generator per image, as the published programs have it: batch size, order and devices change no draw.
+
+    Args:
+        device: of the generators and of what they draw.
+        seeds: whole numbers, taken modulo 2³².
+    """
+
+    def __init__(self, device: str | torch.device, seeds: Iterable[int]) -> None:
+        self.device = torch.device(device)
+        self.generators = [torch.Generator(self.device).manual_seed(int(seed) % (1 << 32)) for seed in seeds]
+
+    def _check(self, size: Sequence[int]) -> None:
+        if len(size) == 0 or size[0] != len(self.generators):
+            raise ValueError(f"the first of size {tuple(size)} must be the number of seeds, {len(self.generators)}")
+
+    def randn(self, size: Sequence[int], **kwargs: Any) -> Tensor:
+        """Standard normal numbers of shape size = (number of seeds, …).
+
+        Args:
+            size: the shape.
+            kwargs: dtype and such, handed to torch.randn.
+        """
+        self._check(size)
+        kwargs.setdefault("device", self.device)
+        return torch.stack([torch.randn(tuple(size[1:]), generator=g, **kwargs) for g in self.generators])
+
+    def randn_like(self, x: Tensor) -> Tensor:
+        """Standard normal numbers in x's shape and dtype; the samplers take this as their `randn_like`."""
+        return self.randn(x.shape, dtype=x.dtype)
+
+    def randint(self, *limits: int, size: Sequence[int], **kwargs: Any) -> Tensor:
+        """Whole numbers (int64) of shape size = (number of seeds, …).
+
+        Args:
+            limits: high, or low and high, as torch.randint takes them.
+            size: the shape.
+            kwargs: dtype and such, handed to torch.randint.
+        """
+        self._check(size)
+        kwargs.setdefault("device", self.device)
+        return torch.stack([torch.randint(*limits, size=tuple(size[1:]), generator=g, **kwargs) for g in self.generators])
+
+
+def parse_seeds(text: str) -> list[int]:
+    """'0-63,70' -> [0, …, 63, 70].
+
+    Raises:
+        SignFastError: not of that form, or no seed at all.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        part = part.strip()
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if match is None:
+            raise SignFastError(f"seeds {text!r}: {part!r} is neither a number nor a range: write e.g. 0-63,70")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise SignFastError(f"seeds {text!r}: the range {part} runs backwards: write {last}-{first}")
+        seeds.extend(range(first, last + 1))
+    return seeds
