@@ -50,12 +50,15 @@ def _ordinary_mode(path: Path) -> None:
     path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
 
 
-def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
+def write_atomically(
+    path: str | os.PathLike[str], write: Callable[[Path], object], *, durable: bool = True
+) -> None:
     """Call `write(temporary)` and rename the result to `path`; on any error the temporary file is removed.
 
     Args:
         path: the target file; an older one is replaced in one step.
         write: writes the whole content to the path it is given.
+        durable: wait until the content is on the disk, so that it survives a power cut too.
 
     Raises:
         SignFastError: the system refused (no space, no permission, …); `path` is as it was.
@@ -67,8 +70,9 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
         temporary = Path(name)
         try:
             write(temporary)
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
+            if durable:
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())
             _ordinary_mode(temporary)
             temporary.replace(path)
         finally:

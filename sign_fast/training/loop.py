@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoints.atomic import make_folder, write_text
+from ..checkpoints.card import model_card
 from ..checkpoints.store import save_network
 from ..data import BatchLoader, Dataset, open_dataset
 from ..errors import SignFastError
@@ -132,13 +133,16 @@ class Trainer:
         settings: of the run.
         folder: for its results: settings.json, metrics.csv, state-*.pt, network/ (EMA weights, safetensors).
         device: where it runs.
+        command: what started it, for the model card.
 
     Raises:
         SignFastError: data and network do not fit, or the folder holds a run with other settings.
     """
 
-    def __init__(self, settings: TrainSettings, folder: Path, device: torch.device) -> None:
+    def __init__(self, settings: TrainSettings, folder: Path, device: torch.device, command: str = "") -> None:
         self.settings = settings
+        self.command = command
+        self.log_note = ""
         self.device = device
         distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if distributed else 0
@@ -181,22 +185,25 @@ class Trainer:
         """Write a resumable state and the EMA network; rank 0 only does."""
         if self.rank:
             return
+        s = self.settings
+        trained = {"command": self.command, "data": s.data, "seed": s.seed, "images": self.iteration * s.batch}
         state = {
-            "settings": dataclasses.asdict(self.settings),
+            "settings": dataclasses.asdict(s),
             "iteration": self.iteration,
             "net": self.net.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
-        save_state(self.folder, self.iteration, state, self.settings.keep)
+        save_state(self.folder, self.iteration, state, s.keep)
         save_network(
             self.folder / "network",
             self.ema.state_dict(),
-            self.settings.cls,
-            self.settings.kwargs,
+            s.cls,
+            s.kwargs,
             role="teacher",
-            trained={"data": self.settings.data, "seed": self.settings.seed, "images": self.iteration * self.settings.batch},
+            trained=trained,
+            card=model_card("network", {"cls": s.cls, "kwargs": s.kwargs, "role": "teacher", "trained": trained}),
         )
 
     def _step(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -254,6 +261,7 @@ class Trainer:
             self.dataset, s.batch, s.seed, s.kwargs.get("label_dim", 0), s.xflip, self.rank, self.world, s.threads
         )
         log = RunLog(self.folder, COLUMNS, self.iteration) if self.rank == 0 else None
+        self.log_note = log.without_tensorboard if log is not None else ""
         self.net.train()
         before, at = time.perf_counter(), self.iteration
         batches = loader.batches(self.iteration)

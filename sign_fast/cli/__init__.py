@@ -1,0 +1,1 @@
+"""The command line, `sign-fast`; nothing else in the library parses arguments."""

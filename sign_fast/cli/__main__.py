@@ -1,0 +1,5 @@
+"""`python -m sign_fast.cli` is `sign-fast`."""
+
+from .main import main
+
+main()
