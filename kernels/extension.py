@@ -14,26 +14,30 @@ from .dispatch import Reason
 _REBUILD = "reinstall with a C++ compiler at hand: pip install --no-build-isolation --force-reinstall --no-deps sign-fast"
 
 
+def _note() -> dict[str, str]:
+    try:
+        note: dict[str, str] = json.loads(Path(__file__).with_name("extension_build.json").read_text())
+        return note
+    except (OSError, ValueError):
+        return {}
+
+
 @lru_cache(maxsize=1)
 def _load() -> tuple[ModuleType | None, Reason | None]:
     if os.environ.get("SIGN_FAST_DISABLE_EXT") == "1":
         return None, Reason("the C++ extension is switched off by SIGN_FAST_DISABLE_EXT=1", "unset it")
-    import torch  # noqa: F401  the extension's symbols live in torch's libraries
+    import torch
 
+    built_with = _note().get("torch", torch.__version__)
+    if built_with.split("+")[0] != torch.__version__.split("+")[0]:
+        return None, Reason(f"the C++ extension was built with torch {built_with}, this is {torch.__version__}", _REBUILD)
     try:
         return importlib.import_module("sign_fast._C"), None
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "sign_fast._C":
-            return None, Reason(f"the C++ extension is not built ({_skipped_because()})", _REBUILD)
+            why = _note().get("skipped", "no build has been run")
+            return None, Reason(f"the C++ extension is not built: {why}", _REBUILD)
         return None, Reason(f"the C++ extension does not load: {error}", _REBUILD)
-
-
-def _skipped_because() -> str:
-    note = Path(__file__).with_name("extension_build.json")
-    try:
-        return str(json.loads(note.read_text())["skipped"])
-    except (OSError, ValueError, KeyError):
-        return "no build has been run"
 
 
 def module() -> ModuleType | None:

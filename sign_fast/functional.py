@@ -29,17 +29,21 @@ def _is_silu(activation: str | None) -> bool:
     return activation == "silu"
 
 
-def _check_groups(x: Tensor, num_groups: int, vectors: dict[str, Tensor | None], rows: dict[str, Tensor | None]) -> None:
-    _check(x.ndim == 4, f"x must be (B, C, H, W), not {tuple(x.shape)}")
+def _check_groups(
+    x: Tensor, num_groups: int, vectors: tuple[Tensor | None, ...], rows: tuple[Tensor | None, ...] = ()
+) -> None:
+    """x (B, C, H, W); vectors (C,) each; rows (B, C) or (1, C) each."""
+    if x.ndim != 4:
+        raise ValueError(f"x must be (B, C, H, W), not {tuple(x.shape)}")
     batch, channels = x.shape[:2]
-    _check(num_groups > 0 and channels % num_groups == 0, f"{channels} channels do not divide into {num_groups} groups")
-    for name, t in vectors.items():
-        _check(t is None or t.shape == (channels,), f"{name} must be ({channels},), not {t is not None and tuple(t.shape)}")
-    for name, t in rows.items():
-        _check(
-            t is None or t.shape == (batch, channels) or t.shape == (1, channels),
-            f"{name} must be ({batch}, {channels}) or (1, {channels}), not {t is not None and tuple(t.shape)}",
-        )
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(f"{channels} channels do not divide into {num_groups} groups")
+    for t in vectors:
+        if t is not None and t.shape != (channels,):
+            raise ValueError(f"weight and biases must be ({channels},), not {tuple(t.shape)}")
+    for t in rows:
+        if t is not None and t.shape != (batch, channels) and t.shape != (1, channels):
+            raise ValueError(f"emb, scale and shift must be ({batch}, {channels}) or (1, {channels}), not {tuple(t.shape)}")
 
 
 def group_norm_silu(
@@ -71,7 +75,7 @@ def group_norm_silu(
         ValueError: a shape does not fit, or the activation is unknown.
     """
     silu = _is_silu(activation)
-    _check_groups(x, num_groups, {"weight": weight, "bias": bias}, {"emb": emb, "scale": scale, "shift": shift})
+    _check_groups(x, num_groups, (weight, bias), (emb, scale, shift))
     return _group_norm_silu.group_norm_silu(x, num_groups, weight, bias, eps, emb, scale, shift, silu)
 
 
@@ -103,7 +107,7 @@ def residual_group_norm_silu(
     """
     silu = _is_silu(activation)
     _check(h.shape == skip.shape, f"h {tuple(h.shape)} and skip {tuple(skip.shape)} must have one shape")
-    _check_groups(h, num_groups, {"bias": bias, "weight": weight, "norm_bias": norm_bias}, {})
+    _check_groups(h, num_groups, (bias, weight, norm_bias))
     return _group_norm_silu.residual_group_norm_silu(
         h, skip, bias, skip_scale, num_groups, weight, norm_bias, eps, silu
     )

@@ -7,6 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def _group_mean(x: Tensor, num_groups: int) -> Tensor:
+    return x.unflatten(1, (num_groups, -1)).mean((2, 3, 4), keepdim=True)
+
+
 def group_norm_silu(
     x: Tensor,
     num_groups: int,
@@ -26,6 +30,9 @@ def group_norm_silu(
     y = x.to(wide)
     if emb is not None:
         y = y + per_channel(emb)
+    if y.device.type == "cpu" and not y.is_contiguous():
+        # torch's channels_last CPU norm takes E[x²] − E[x]², which a large mean ruins; the norm does not see a shift
+        y = (y.unflatten(1, (num_groups, -1)) - _group_mean(y.detach(), num_groups)).flatten(1, 2)
     y = F.group_norm(
         y, num_groups, None if weight is None else weight.to(wide), None if bias is None else bias.to(wide), eps
     )
