@@ -31,7 +31,16 @@ CAPABILITIES = {
     "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mavx2", "-mfma", "-mf16c"],
 }
 # -fopenmp is not linked: the symbols come with torch's own libgomp, a second one would have a second thread pool
-FLAGS = ["-O3", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-g0", "-std=c++20", "-w", "-Wno-psabi"]  # -w: torch's headers warn a lot
+FLAGS = [
+    "-O3",
+    "-fopenmp",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-g0",
+    "-std=c++20",
+    "-w",
+    "-Wno-psabi",
+]  # -w: torch's headers warn a lot
 
 if not (3, 10) <= sys.version_info < (3, 14):
     sys.exit(f"sign_fast: Python 3.10 to 3.13 is needed, this is {platform.python_version()}: use another interpreter")
@@ -50,7 +59,10 @@ def skip(reason: str) -> None:
     if os.environ.get("SIGN_FAST_FORCE_BUILD") == "1":
         sys.exit(f"sign_fast: the C++ extension cannot be built ({reason}), and SIGN_FAST_FORCE_BUILD=1 asks for it")
     write_note(skipped=reason)
-    print(f"sign_fast: installing without the C++ extension: {reason}. Everything works, slower on a CPU.", file=sys.stderr)
+    print(
+        f"sign_fast: installing without the C++ extension: {reason}. Everything works, slower on a CPU.",
+        file=sys.stderr,
+    )
 
 
 def cannot_build() -> str | None:

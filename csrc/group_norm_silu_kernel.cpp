@@ -45,7 +45,7 @@ inline float sum(Vec v) {
   return static_cast<float>(total);
 }
 
-inline Vec silu(Vec v) { return v / (Vec(1.f) + v.neg().exp()); }
+inline Vec silu(Vec v) { return v / (Vec(1.f) + v.neg().exp_u20()); }
 
 struct Moments {
   double mean, rstd;

@@ -11,7 +11,9 @@ from types import ModuleType
 
 from .dispatch import Reason
 
-_REBUILD = "reinstall with a C++ compiler at hand: pip install --no-build-isolation --force-reinstall --no-deps sign-fast"
+_REBUILD = (
+    "reinstall with a C++ compiler at hand: pip install --no-build-isolation --force-reinstall --no-deps sign-fast"
+)
 
 
 def _note() -> dict[str, str]:
@@ -30,7 +32,9 @@ def _load() -> tuple[ModuleType | None, Reason | None]:
 
     built_with = _note().get("torch", torch.__version__)
     if built_with.split("+")[0] != torch.__version__.split("+")[0]:
-        return None, Reason(f"the C++ extension was built with torch {built_with}, this is {torch.__version__}", _REBUILD)
+        return None, Reason(
+            f"the C++ extension was built with torch {built_with}, this is {torch.__version__}", _REBUILD
+        )
     try:
         return importlib.import_module("sign_fast._C"), None
     except ImportError as error:

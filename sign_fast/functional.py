@@ -43,7 +43,9 @@ def _check_groups(
             raise ValueError(f"weight and biases must be ({channels},), not {tuple(t.shape)}")
     for t in rows:
         if t is not None and t.shape != (batch, channels) and t.shape != (1, channels):
-            raise ValueError(f"emb, scale and shift must be ({batch}, {channels}) or (1, {channels}), not {tuple(t.shape)}")
+            raise ValueError(
+                f"emb, scale and shift must be ({batch}, {channels}) or (1, {channels}), not {tuple(t.shape)}"
+            )
 
 
 def group_norm_silu(
@@ -242,4 +244,3 @@ __all__ = [
     "sid_generator_loss",
     "to_uint8",
 ]
-

@@ -180,9 +180,17 @@ class GroupNorm(nn.Module):
         shift: Tensor | None = None,
         activation: functional.Activation = None,
     ) -> Tensor:
-        """silu(norm(x + emb)·(1 + scale) + shift); with no keyword a plain norm. Shapes: `functional.group_norm_silu`."""
+        """silu(norm(x + emb)·(1 + scale) + shift); with no keyword a plain norm; see `functional.group_norm_silu`."""
         return functional.group_norm_silu(
-            x, self.num_groups, self.weight, self.bias, self.eps, emb=emb, scale=scale, shift=shift, activation=activation
+            x,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            emb=emb,
+            scale=scale,
+            shift=shift,
+            activation=activation,
         )
 
     def join(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,13 @@ def normal(seed: int, *shape: int) -> Tensor:
     return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
 
 
-@lru_cache(maxsize=None)
+@cache
 def arrays(name: str) -> dict[str, np.ndarray]:
     with np.load(GOLDEN / f"{name}.npz") as file:
         return {key: file[key] for key in file.files}
 
 
-@lru_cache(maxsize=None)
+@cache
 def settings(name: str) -> Any:
     return json.loads((GOLDEN / f"{name}.json").read_text())
 

@@ -50,9 +50,7 @@ def _ordinary_mode(path: Path) -> None:
     path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
 
 
-def write_atomically(
-    path: str | os.PathLike[str], write: Callable[[Path], object], *, durable: bool = True
-) -> None:
+def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object], *, durable: bool = True) -> None:
     """Call `write(temporary)` and rename the result to `path`; on any error the temporary file is removed.
 
     Args:

@@ -38,7 +38,7 @@ def find(path_or_name: str | os.PathLike[str]) -> Path:
     text = os.fspath(path_or_name)
     path = Path(text)
     if text in bundled_names() and not path.is_dir():
-        return Path(str(files(__package__).joinpath("bundled", text)))
+        return Path(str(files(__package__) / "bundled" / text))
     if path.name in (WEIGHTS, CONFIG) and path.is_file():
         path = path.parent
     if path.is_dir():
@@ -48,9 +48,13 @@ def find(path_or_name: str | os.PathLike[str]) -> Path:
         return path
     known = f"bundled: {', '.join(bundled_names()) or 'none'}"
     if path.is_file():
-        raise SignFastError(f"{path} is a file: a network is a folder with {CONFIG} and {WEIGHTS}, or a bundled name ({known})")
+        raise SignFastError(
+            f"{path} is a file: a network is a folder with {CONFIG} and {WEIGHTS}, or a bundled name ({known})"
+        )
     if text in preset_names():
-        raise SignFastError(f"{text!r} is a preset without weights: name a trained network's folder or a bundled name ({known})")
+        raise SignFastError(
+            f"{text!r} is a preset without weights: name a trained network's folder or a bundled name ({known})"
+        )
     raise SignFastError(f"no network {text!r}: name a folder with {CONFIG} and {WEIGHTS}, or a bundled name ({known})")
 
 
@@ -66,7 +70,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise SignFastError(f"{path} is not readable as JSON ({first_line(error)}): copy it again") from error
     if not isinstance(config, dict) or config.get("format") != _FORMAT:
-        raise SignFastError(f"{path} does not say \"format\": \"{_FORMAT}\": it is not a network of this library")
+        raise SignFastError(f'{path} does not say "format": "{_FORMAT}": it is not a network of this library')
     if config.get("cls") not in CLASSES or not isinstance(config.get("kwargs"), dict):
         raise SignFastError(f"{path}: cls must be one of {', '.join(CLASSES)} and kwargs a table")
     return config
@@ -171,7 +175,9 @@ def save_network(
         try:
             save_file(tensors, temporary / WEIGHTS)
         except SafetensorError as error:
-            raise SignFastError(f"cannot write {folder}: {first_line(error)}: free some space or choose another") from error
+            raise SignFastError(
+                f"cannot write {folder}: {first_line(error)}: free some space or choose another"
+            ) from error
         write_text(temporary / CONFIG, json.dumps(config, indent=1) + "\n")
         if card is not None:
             write_text(temporary / "README.md", card)

@@ -32,7 +32,9 @@ _ABLATION_OPTIONS = ["solver", "discretization", "schedule", "scaling"]
 @click.option("--S_max", "S_max", type=click.FloatRange(min=0), help="Highest noise level with churn (teacher).")
 @click.option("--S_noise", "S_noise", type=float, help="Inflation of the churn's noise (teacher).")
 @click.option("--solver", type=click.Choice(["euler", "heun"]), help="Ablate the solver (teacher).")
-@click.option("--disc", "discretization", type=click.Choice(["vp", "ve", "iddpm", "edm"]), help="Ablate the time steps.")
+@click.option(
+    "--disc", "discretization", type=click.Choice(["vp", "ve", "iddpm", "edm"]), help="Ablate the time steps."
+)
 @click.option("--schedule", type=click.Choice(["vp", "ve", "linear"]), help="Ablate sigma(t).")
 @click.option("--scaling", type=click.Choice(["vp", "none"]), help="Ablate s(t).")
 @click.option("--sigma_G", "sigma_G", type=click.FloatRange(min=0, min_open=True), help="Input noise level (student).")
@@ -102,7 +104,9 @@ def _sampler(role: str, sigma_G: float | None, teacher: dict[str, Any]) -> tuple
     if sigma_G is not None or role == "student":
         if given:
             names = ", ".join(f"--{'disc' if name == 'discretization' else name}" for name in given)
-            raise SignFastError(f"{names} go with a teacher's sampler, not with a one- or few-step student: leave them away")
+            raise SignFastError(
+                f"{names} go with a teacher's sampler, not with a one- or few-step student: leave them away"
+            )
         return "few_step", {} if sigma_G is None else {"sigma": sigma_G}
     return ("ablation" if any(name in given for name in _ABLATION_OPTIONS) else "edm"), given
 

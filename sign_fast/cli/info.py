@@ -46,12 +46,14 @@ def gather() -> dict[str, dict[str, Any]]:
     versions["cuda of torch"] = torch.version.cuda or "none (CPU build)"
     missing = extension.missing()
     devices: dict[str, Any] = {
-        "cpu": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-        f"{torch.backends.cpu.get_cpu_capability()}"
+        "cpu": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     }
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
-        devices[f"cuda:{i}"] = f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB, {p.multi_processor_count} SMs"
+        devices[f"cuda:{i}"] = (
+            f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB, {p.multi_processor_count} SMs"
+        )
     if not torch.cuda.is_available():
         devices["cuda"] = "none here" if torch.version.cuda else "none: this torch is a CPU build"
     switches = {name: value for name, value in os.environ.items() if name.startswith("SIGN_FAST_")}

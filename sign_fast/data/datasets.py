@@ -86,7 +86,9 @@ class ImageFolderDataset:
             try:
                 self._zip = zipfile.ZipFile(self.path)
             except zipfile.BadZipFile as error:
-                raise SignFastError(f"{self.path} is not a whole zip file ({first_line(error)}): copy it again") from error
+                raise SignFastError(
+                    f"{self.path} is not a whole zip file ({first_line(error)}): copy it again"
+                ) from error
             names = self._zip.namelist()
         else:
             raise SignFastError(f"no data set at {self.path}: give 'digits', a folder of images or a .zip")
@@ -97,7 +99,9 @@ class ImageFolderDataset:
         self.num_classes = 0 if self._labels is None else max(self._labels) + 1
         first = self._decode(self._names[0])
         if first.shape[1] != first.shape[2]:
-            raise SignFastError(f"{self.path}: {self._names[0]} is {first.shape[2]}×{first.shape[1]}: images must be square")
+            raise SignFastError(
+                f"{self.path}: {self._names[0]} is {first.shape[2]}×{first.shape[1]}: images must be square"
+            )
         self.shape: tuple[int, int, int] = (first.shape[0], first.shape[1], first.shape[2])
 
     def _bytes(self, name: str) -> bytes:
@@ -130,7 +134,9 @@ class ImageFolderDataset:
                 picture.load()
                 pixels = np.asarray(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
         except (OSError, ValueError, SyntaxError, UnidentifiedImageError, zipfile.BadZipFile) as error:
-            raise SignFastError(f"{self.path}: {name} is not a readable image ({first_line(error)}): mend or remove it") from error
+            raise SignFastError(
+                f"{self.path}: {name} is not a readable image ({first_line(error)}): mend or remove it"
+            ) from error
         return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
 
     def __len__(self) -> int:

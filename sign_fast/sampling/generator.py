@@ -86,7 +86,9 @@ class ImageGenerator:
                 raise SignFastError(f"{len(wanted)} class labels for {count} images: give one, or one an image")
             for number in wanted:
                 if int(number) != number or not 0 <= number < dim:
-                    raise SignFastError(f"class label {number} is out of range: this network has classes 0 to {dim - 1}")
+                    raise SignFastError(
+                        f"class label {number} is out of range: this network has classes 0 to {dim - 1}"
+                    )
             numbers = torch.tensor(wanted, dtype=torch.int64).expand(count).to(self.device)
         return torch.nn.functional.one_hot(numbers, dim).float()
 

@@ -53,7 +53,9 @@ class SeededNoise:
         """
         self._check(size)
         kwargs.setdefault("device", self.device)
-        return torch.stack([torch.randint(*limits, size=tuple(size[1:]), generator=g, **kwargs) for g in self.generators])
+        return torch.stack(
+            [torch.randint(*limits, size=tuple(size[1:]), generator=g, **kwargs) for g in self.generators]
+        )
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -22,7 +22,8 @@ def ema_beta(batch: int, images_seen: int, halflife: float, rampup_ratio: float 
 @torch.no_grad()
 def update_ema(ema: nn.Module, net: nn.Module, beta: float) -> None:
     """ema ← β·ema + (1 − β)·net for parameters; buffers are copied."""
-    averaged, current = list(ema.parameters()), [p.detach() for p in net.parameters()]
+    averaged = [p.detach() for p in ema.parameters()]
+    current = [p.detach() for p in net.parameters()]
     torch._foreach_lerp_(averaged, current, 1 - beta)
     for a, b in zip(ema.buffers(), net.buffers(), strict=True):
         a.copy_(b)

@@ -106,7 +106,9 @@ def _check(settings: TrainSettings, dataset: Dataset, world: int) -> None:
     if label_dim and not dataset.num_classes:
         raise SignFastError(f"{settings.data} has no labels: add a dataset.json, or train an unconditional network")
     if label_dim and dataset.num_classes > label_dim:
-        raise SignFastError(f"{settings.data} has {dataset.num_classes} classes, the network {label_dim}: raise label_dim")
+        raise SignFastError(
+            f"{settings.data} has {dataset.num_classes} classes, the network {label_dim}: raise label_dim"
+        )
     if settings.batch % (world * settings.accumulation):
         raise SignFastError(
             f"a batch of {settings.batch} does not divide into {world} processes × {settings.accumulation} parts: "
@@ -168,7 +170,9 @@ class Trainer:
         state = load_newest(self.folder, self.device)
         if state is None:
             if self.rank == 0:
-                write_text(self.folder / "settings.json", json.dumps(dataclasses.asdict(self.settings), indent=1) + "\n")
+                write_text(
+                    self.folder / "settings.json", json.dumps(dataclasses.asdict(self.settings), indent=1) + "\n"
+                )
             return
         before, now = _comparable(state["settings"]), _comparable(dataclasses.asdict(self.settings))
         if before != now:
@@ -278,8 +282,8 @@ class Trainer:
                         loss = loss / self.world
                     if not torch.isfinite(loss):
                         raise SignFastError(
-                            f"the loss is {float(loss)} at iteration {self.iteration}: lower --lr or use --precision fp32; "
-                            f"{self.folder} keeps the last saved state"
+                            f"the loss is {float(loss)} at iteration {self.iteration}: lower --lr or use "
+                            f"--precision fp32; {self.folder} keeps the last saved state"
                         )
                     if log is not None:
                         now = time.perf_counter()
@@ -300,6 +304,3 @@ class Trainer:
             batches.close()  # type: ignore[attr-defined]
             if log is not None:
                 log.close()
-
-
-

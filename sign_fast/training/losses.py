@@ -14,7 +14,13 @@ Denoiser = Callable[..., Tensor]
 
 
 def _denoising(
-    net: Denoiser, images: Tensor, sigma: Tensor, weight: Tensor, labels: Tensor | None, noise: Tensor, extra: dict[str, Any]
+    net: Denoiser,
+    images: Tensor,
+    sigma: Tensor,
+    weight: Tensor,
+    labels: Tensor | None,
+    noise: Tensor,
+    extra: dict[str, Any],
 ) -> Tensor:
     denoised = net(images + noise * sigma, sigma, labels, **extra)
     return (weight * (denoised - images) ** 2).flatten(1).sum(1)

@@ -7,8 +7,17 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from golden_rules import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, arrays, filled, golden_net, normal, relative_error, settings
 
+from golden_rules import (
+    GRADIENT_TOLERANCE,
+    OUTPUT_TOLERANCE,
+    arrays,
+    filled,
+    golden_net,
+    normal,
+    relative_error,
+    settings,
+)
 from sign_fast import functional
 from sign_fast.sampling import SeededNoise, ablation_sampler, edm_sampler, few_step, few_step_latent, one_step
 

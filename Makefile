@@ -1,0 +1,49 @@
+# make demo   install into .venv, draw a grid of digits, time the providers      (PYTHON=python3: no .venv, no network)
+# make test   install into .venv and run every check: lint, types, tests
+# make wheel  a wheel in dist/          make clean   what make made
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+OUT ?= out/demo
+
+ifdef PYTHON
+  # a locked-down machine: this interpreter as it is, straight from the source tree
+  PY := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
+  READY := in-place
+else
+  PY := $(VENV)/bin/python
+  READY := $(STAMP)
+endif
+
+.PHONY: help demo test lint wheel clean in-place
+help:
+	@sed -n '/^#/s/^# //p' Makefile
+
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q -c constraints.txt torch setuptools wheel ninja pybind11
+	$(VENV)/bin/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+in-place:
+	@$(PY) setup.py -q build_ext --inplace > build_ext.log 2>&1 && rm -f build_ext.log \
+	  || echo "the C++ extension cannot be built here, going on without it: see build_ext.log"
+
+demo: $(READY)
+	$(PY) -m sign_fast.cli generate --network digits-uncond --seeds 0-99 --batch 100 --outdir $(OUT)/images --grid $(OUT)/digits.png
+	$(PY) benchmarks/throughput.py --quick --outdir $(OUT)
+	@echo "digits: $(OUT)/digits.png   throughput: $(OUT)/throughput.json, $(OUT)/throughput.png"
+
+lint: $(READY)
+	@if $(PY) -c 'import ruff' 2>/dev/null; then $(PY) -m ruff check . && $(PY) -m ruff format --check .; \
+	  else echo "ruff is not installed here: no lint"; fi
+	@if $(PY) -c 'import mypy' 2>/dev/null; then $(PY) -m mypy; else echo "mypy is not installed here: no types"; fi
+
+test: lint
+	$(PY) -m pytest
+
+wheel: $(READY)
+	$(PY) -m build --wheel --no-isolation
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info sign_fast/*.so kernels/extension_build.json build_ext.log .mypy_cache .ruff_cache .pytest_cache
