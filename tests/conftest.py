@@ -1,8 +1,8 @@
-"""Shared set-up: the tests directory on the path, and no more threads than the machine has."""
+"""Shared set-up: helpers and benchmarks on the path."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]

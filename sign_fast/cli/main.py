@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> Any:
     """Run the command line; exits with 0, 1 (bad input), 2 (bad usage) or 130 (interrupted)."""
     import warnings
 
-    warnings.showwarning = _show_warning  # a warning for the person at the keyboard is one line too
+    warnings.showwarning = _show_warning  # type: ignore[assignment]  # a warning for the person at the keyboard is one line too
     try:
         return cli.main(args=argv, prog_name="sign-fast", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

@@ -120,7 +120,7 @@ class SongUNet(nn.Module):
             for i in range(num_blocks):
                 cin, cout = cout, model_channels * mult
                 self.enc[f"{res}x{res}_block{i}"] = UNetBlock(cin, cout, attention=res in attn_resolutions, **block)
-        skips: list[int] = [layer.out_channels for name, layer in self.enc.items() if "aux" not in name]
+        skips: list[Any] = [layer.out_channels for name, layer in self.enc.items() if "aux" not in name]
 
         self.dec = nn.ModuleDict()
         for level, mult in reversed(list(enumerate(channel_mult))):
@@ -248,7 +248,7 @@ class DhariwalUNet(nn.Module):
             for i in range(num_blocks):
                 cin, cout = cout, model_channels * mult
                 self.enc[f"{res}x{res}_block{i}"] = UNetBlock(cin, cout, attention=res in attn_resolutions, **block)
-        skips: list[int] = [layer.out_channels for layer in self.enc.values()]
+        skips: list[Any] = [layer.out_channels for layer in self.enc.values()]
 
         self.dec = nn.ModuleDict()
         for level, mult in reversed(list(enumerate(channel_mult))):

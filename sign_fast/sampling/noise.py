@@ -53,9 +53,9 @@ class SeededNoise:
         """
         self._check(size)
         kwargs.setdefault("device", self.device)
-        return torch.stack(
-            [torch.randint(*limits, size=tuple(size[1:]), generator=g, **kwargs) for g in self.generators]
-        )
+        low, high = limits if len(limits) == 2 else (0, *limits)
+        shape = tuple(size[1:])
+        return torch.stack([torch.randint(low, high, shape, generator=g, **kwargs) for g in self.generators])
 
 
 def parse_seeds(text: str) -> list[int]:

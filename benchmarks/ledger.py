@@ -1,0 +1,135 @@
+"""The append-only ledger: one CSV row a measurement, with all that is needed to repeat it."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sign_fast
+from sign_fast.checkpoints.atomic import explain_os_errors, make_folder
+from sign_fast.errors import SignFastError
+from sign_fast.kernels import extension
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT = ROOT / "benchmarks" / "results" / "ledger.csv"
+COLUMNS = [
+    "date",
+    "commit",
+    "command",
+    "device",
+    "device_type",
+    "driver",
+    "torch",
+    "triton",
+    "cuda",
+    "python",
+    "sign_fast",
+    "extension",
+    "threads",
+    "preset",
+    "weights",
+    "batch",
+    "steps",
+    "sampler",
+    "dtype",
+    "provider",
+    "images_per_second",
+    "ms_p20",
+    "ms_p50",
+    "ms_p80",
+    "ratio_to_plain",
+    "first_image_s",
+    "warm_up_s",
+    "peak_mb",
+    "rounds",
+]
+
+
+def _run(*command: str) -> str:
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def commit() -> str:
+    """The commit of the tree, with -dirty where files differ from it; the ledger itself does not count."""
+    revision = _run("git", "rev-parse", "--short=12", "HEAD")
+    if not revision:
+        return "unknown"
+    return revision + ("-dirty" if _run("git", "status", "--porcelain", "--", ".", ":!benchmarks/results") else "")
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def environment(device: str) -> dict[str, Any]:
+    """The facts that all rows of one run share."""
+    cuda = device.startswith("cuda")
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = "none"
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    if cuda:
+        name = torch.cuda.get_device_name(device)
+        driver = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0:1]
+    else:
+        name, driver = f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}", []
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "commit": commit(),
+        "command": " ".join(["python", f"benchmarks/{words[0]}", *words[1:]]),
+        "device": name,
+        "device_type": "cuda" if cuda else "cpu",
+        "driver": driver[0] if driver else "none",
+        "torch": torch.__version__,
+        "triton": triton,
+        "cuda": torch.version.cuda or "none",
+        "python": platform.python_version(),
+        "sign_fast": sign_fast.__version__,
+        "extension": "loaded" if extension.missing() is None else "missing",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def append(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Add whole rows under a lock; a new file gets the header first.
+
+    Raises:
+        SignFastError: the file has other columns, or cannot be written.
+    """
+    make_folder(path.parent)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    with explain_os_errors(path), path.open("a+", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        header = file.readline().rstrip("\r\n")
+        if not header:
+            writer.writeheader()
+        elif header.split(",") != COLUMNS:
+            raise SignFastError(f"{path} has other columns than this program writes: name another file with --ledger")
+        writer.writerows({name: row.get(name, "") for name in COLUMNS} for row in rows)
+        file.write(text.getvalue())
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """All rows, oldest first."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
