@@ -1,0 +1,82 @@
+"""Writes README's tables from the ledger, so that every figure there has a row; --check only compares.
+
+A table stands between `<!-- ledger preset=digits-uncond device_type=cpu -->` and `<!-- /ledger -->`; the words filter
+the rows, the newest run of each (batch, provider) is shown.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: the tree it lies in comes first
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import click
+
+_MARKED = re.compile(r"(<!-- ledger ([^>]*?) ?-->\n).*?(<!-- /ledger -->)", re.S)
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """The table of these rows, and a line that says where they come from."""
+    newest = {(int(r["batch"]), r["provider"]): r for r in rows}  # later rows replace earlier ones
+    lines = ["| batch | provider | images/s | ms/image (p20, p80) | vs plain | first image | peak memory |"]
+    lines.append("|---:|---|---:|---:|---:|---:|---:|")
+    for (batch, provider), r in sorted(newest.items(), key=lambda item: (item[0][0], _ORDER.index(item[0][1]))):
+        first = f"{float(r['first_image_s']):.1f} s" if r["first_image_s"] else "–"
+        peak = f"{float(r['peak_mb']):.0f} MB" if r["peak_mb"] else "–"
+        spread = f"{float(r['ms_p50']):.3g} ({float(r['ms_p20']):.3g}, {float(r['ms_p80']):.3g})"
+        ratio = f"{float(r['ratio_to_plain']):.2f}×" if r["ratio_to_plain"] else "–"
+        rate = float(r["images_per_second"])
+        shown = f"{rate:.0f}" if rate >= 100 else f"{rate:.1f}"
+        lines.append(f"| {batch} | `{provider}` | {shown} | {spread} | {ratio} | {first} | {peak} |")
+    sources = {
+        f"{r['device']}, {r['threads']} threads, driver {r['driver']}, torch {r['torch']}, {r['dtype']}, "
+        f"{r['sampler']} {r['steps']} step(s), commit {r['commit']}, {r['date'][:10]}: `{r['command']}`"
+        for r in newest.values()
+    }
+    return "\n".join([*lines, "", *(f"<sub>{source}</sub>" for source in sorted(sources))]) + "\n"
+
+
+_ORDER = ["plain", "compile", "sign_fast"]
+
+
+def rewritten(text: str, rows: list[dict[str, str]]) -> str:
+    """`text` with every marked table made anew.
+
+    Raises:
+        ValueError: a filter that no row passes.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        wanted = dict(word.split("=", 1) for word in match[2].split())
+        chosen = [r for r in rows if all(r[key] == value for key, value in wanted.items())]
+        if not chosen:
+            raise ValueError(f"no ledger row for {match[2]}")
+        return f"{match[1]}{markdown(chosen)}{match[3]}"
+
+    return _MARKED.sub(table, text)
+
+
+@click.command()
+@click.option("--check", is_flag=True, help="Write nothing; exit with 1 if the file is not current.")
+@click.argument("path", type=click.Path(path_type=Path, exists=True, dir_okay=False), default="README.md")
+def main(check: bool, path: Path) -> None:
+    """Make the tables of PATH (README.md) from benchmarks/results/ledger.csv."""
+    from benchmarks.ledger import DEFAULT, read
+    from sign_fast.checkpoints.atomic import write_text
+
+    text = path.read_text(encoding="utf-8")
+    try:
+        new = rewritten(text, read(DEFAULT))
+    except (OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+    if check and new != text:
+        raise click.ClickException(f"{path} is not what the ledger says: run python benchmarks/ledger_table.py")
+    if not check:
+        write_text(path, new)
+
+
+if __name__ == "__main__":
+    main()

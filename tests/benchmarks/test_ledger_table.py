@@ -1,0 +1,35 @@
+"""README's figures are the ledger's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.ledger import COLUMNS, DEFAULT, read
+from benchmarks.ledger_table import rewritten
+
+ROOT = Path(__file__).parents[2]
+
+
+def row(**changes):
+    base = dict.fromkeys(COLUMNS, "1") | {"preset": "p", "provider": "plain", "date": "2026-01-01T00:00:00Z"}
+    return {**base, **changes}
+
+
+def test_readme_is_current():
+    text = (ROOT / "README.md").read_text()
+    assert "<!-- ledger" in text
+    assert rewritten(text, read(DEFAULT)) == text
+
+
+def test_newest_row_of_each_provider_is_shown():
+    rows = [row(images_per_second="5"), row(preset="q", images_per_second="9"), row(images_per_second="7.25")]
+    text = rewritten("a\n<!-- ledger preset=p -->\nold\n<!-- /ledger -->\nb\n", rows)
+    assert "| 7.2 |" in text and "old" not in text and "| 5.0 |" not in text and "| 9.0 |" not in text
+    assert text.startswith("a\n<!-- ledger preset=p -->\n| batch") and text.endswith("<!-- /ledger -->\nb\n")
+
+
+def test_a_table_without_rows_is_an_error():
+    with pytest.raises(ValueError, match="no ledger row for preset=zz"):
+        rewritten("<!-- ledger preset=zz -->\n<!-- /ledger -->", [row()])

@@ -1,0 +1,231 @@
+"""`sign-fast generate` as a user runs it: names, resuming, processes, and everything that can be wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sign_fast.checkpoints.store import find
+from sign_fast.cli.main import main
+
+
+def run(capfd, *words):
+    """Exit status, standard output and standard error of `sign-fast WORDS`, in this process."""
+    try:
+        main([str(word) for word in words])
+        status = 0
+    except SystemExit as error:
+        status = int(error.code or 0)
+    out, err = capfd.readouterr()
+    return status, out, err
+
+
+def generate(capfd, outdir, *words, network="digits-uncond"):
+    return run(capfd, "generate", "--network", network, "--outdir", outdir, "--device", "cpu", "--steps", 3, *words)
+
+
+def files(folder: Path):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.png"))}
+
+
+def test_names_sizes_and_grid(tmp_path, capfd):
+    status, out, _ = generate(
+        capfd, tmp_path / "a", "--seeds", "0-2,1007", "--subdirs", "--grid", tmp_path / "g" / "grid.png"
+    )
+    assert status == 0 and "4 images" in out
+    assert list(files(tmp_path / "a")) == [
+        "000000/000000.png",
+        "000000/000001.png",
+        "000000/000002.png",
+        "001000/001007.png",
+    ]
+    picture = Image.open(tmp_path / "a" / "000000" / "000001.png")
+    assert picture.size == (8, 8) and picture.mode == "L"
+    grid = np.asarray(Image.open(tmp_path / "g" / "grid.png"))
+    assert min(grid.shape) > 400 and grid.std() > 20
+
+
+def test_resumes_and_gives_the_same_bytes(tmp_path, capfd):
+    generate(capfd, tmp_path / "whole", "--seeds", "0-9", "--batch", 4)
+    whole = files(tmp_path / "whole")
+    (tmp_path / "part").mkdir()
+    for name in ("000000.png", "000005.png"):
+        shutil.copy(tmp_path / "whole" / name, tmp_path / "part" / name)
+    before = (tmp_path / "part" / "000005.png").stat().st_mtime_ns
+    status, out, _ = generate(capfd, tmp_path / "part", "--seeds", "0-9", "--batch", 4)
+    assert status == 0 and "2 were there already" in out
+    assert files(tmp_path / "part") == whole
+    assert (tmp_path / "part" / "000005.png").stat().st_mtime_ns == before
+
+
+def test_num_and_class(tmp_path, capfd):
+    assert generate(capfd, tmp_path / "a", "--num", 3)[0] == 0
+    assert list(files(tmp_path / "a")) == ["000000.png", "000001.png", "000002.png"]
+    assert generate(capfd, tmp_path / "b", "--num", 2, "--class", 7, network="digits-cond")[0] == 0
+    assert generate(capfd, tmp_path / "c", "--num", 2, network="digits-cond")[0] == 0
+    assert files(tmp_path / "b") != files(tmp_path / "c")
+
+
+def test_published_sampler_options(tmp_path, capfd):
+    words = ["--sigma_min", 0.01, "--sigma_max", 50, "--rho", 5, "--S_churn", 4, "--S_min", 0.05, "--S_max", 50]
+    assert generate(capfd, tmp_path / "a", "--num", 1, *words, "--S_noise", 1.003)[0] == 0
+    words = ["--solver", "euler", "--disc", "vp", "--schedule", "vp", "--scaling", "vp"]
+    assert generate(capfd, tmp_path / "b", "--num", 1, *words)[0] == 0
+    assert (
+        run(capfd, "generate", "--network", "digits-uncond", "--outdir", tmp_path / "c", "--num", 1, "--sigma_G", 2.5)[
+            0
+        ]
+        == 0
+    )
+    assert len({*files(tmp_path / "a").values(), *files(tmp_path / "b").values(), *files(tmp_path / "c").values()}) == 3
+
+
+def test_torchrun_gives_the_same_bytes(tmp_path, capfd):
+    words = ["--network", "digits-cond", "--seeds", "0-20", "--batch", "4", "--steps", "2", "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    cli = ["-m", "sign_fast.cli", "generate", *words]
+    one = [sys.executable, *cli, "--outdir", str(tmp_path / "one")]
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *cli]
+    two += ["--outdir", str(tmp_path / "two"), "--grid", str(tmp_path / "grid.png")]
+    for command in (one, two):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+    assert len(files(tmp_path / "one")) == 21
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    assert (tmp_path / "grid.png").exists()
+
+
+def broken(tmp_path, change):
+    folder = tmp_path / "net"
+    shutil.copytree(find("digits-uncond"), folder)
+    change(folder)
+    return folder
+
+
+def truncate(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+
+
+def foreign(folder):
+    (folder / "model.safetensors").write_bytes(b"\x80\x04cos\nsystem\n(S'touch executed'\ntR.")
+
+
+def rewrite(**changes):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        config["kwargs"] |= changes.pop("kwargs", {})
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return change
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def not_json(folder):
+    (folder / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (truncate, "not a whole safetensors file"),
+        (foreign, "not a whole safetensors file"),
+        (no_weights, "holds no model.safetensors"),
+        (not_json, "not readable as JSON"),
+        (rewrite(cls="os.system"), "cls must be one of"),
+        (rewrite(format="other"), "not a network of this library"),
+        (rewrite(kwargs={"model_channels": 16}), "weights and configuration are of different networks"),
+        (rewrite(kwargs={"num_blocks": 2}), "lacks model."),
+        (rewrite(kwargs={"nonsense": 1}), "nonsense"),
+        (rewrite(role="judge"), "role must be teacher or student"),
+    ],
+)
+def test_bad_network_folder(tmp_path, capfd, change, message):
+    folder = broken(tmp_path, change)
+    status, out, err = generate(capfd, tmp_path / "out", network=folder)
+    assert status == 1 and message in err
+    assert err.startswith("sign-fast: error: ") and err.count("\n") == 1
+    assert not (tmp_path / "out").exists() and not (Path.cwd() / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "words, status, message",
+    [
+        (["--steps", "-1"], 2, "--steps"),
+        (["--steps", "0"], 2, "--steps"),
+        (["--batch", "x"], 2, "--batch"),
+        (["--seeds", ""], 1, "neither a number nor a range"),
+        (["--seeds", "5-1"], 1, "runs backwards"),
+        (["--seeds", "a-b"], 1, "write e.g. 0-63,70"),
+        (["--class", "3"], 1, "unconditional"),
+        (["--network", "digits-cond", "--class", "10"], 1, "classes 0 to 9"),
+        (["--network", "digits-cond", "--class", "-1"], 1, "classes 0 to 9"),
+        (["--network", "nowhere"], 1, "bundled: digits-cond, digits-uncond"),
+        (["--network", "cifar10-uncond-vp"], 1, "preset without weights"),
+        (["--network", "Makefile"], 1, "is a file"),
+        (["--device", "cuda:99"], 1, "is not here"),
+        (["--device", "toaster"], 1, "not a device"),
+        (["--sigma_G", "2.5", "--rho", "7"], 1, "--rho go with a teacher"),
+        (["--nonsense"], 2, "--nonsense"),
+    ],
+)
+def test_bad_arguments(tmp_path, capfd, words, status, message, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    got, out, err = generate(capfd, tmp_path / "out", *words)
+    assert got == status and message in err
+    assert err.startswith("sign-fast: error: ") and err.count("\n") == 1
+    assert not files(tmp_path)
+
+
+def test_folder_that_is_a_file(tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    status, _, err = generate(capfd, tmp_path / "file" / "out", "--num", 1)
+    assert status == 1 and "cannot write" in err and err.count("\n") == 1
+
+
+@pytest.mark.skipif(
+    os.geteuid() == 0 and not os.path.exists("/proc/self"), reason="needs /proc to have a read-only place"
+)
+def test_folder_that_cannot_be_written(capfd):
+    status, _, err = generate(capfd, "/proc/self/out", "--num", 1)
+    assert status == 1 and "cannot write" in err and err.count("\n") == 1
+
+
+def test_disk_full_leaves_nothing_half_written(tmp_path, capfd, monkeypatch):
+    import errno
+
+    from PIL.Image import Image as Picture
+
+    save = Picture.save
+    written = []
+
+    def full(self, path, *rest, **options):
+        written.append(path)
+        if len(written) == 3:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(self, path, *rest, **options)
+
+    monkeypatch.setattr(Picture, "save", full)
+    status, _, err = generate(capfd, tmp_path, "--num", 4)
+    assert status == 1 and "the disk is full: free some space" in err.splitlines()[-1]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000000.png", "000001.png"]
+
+
+def test_help_and_version(capfd):
+    assert run(capfd, "--version")[1].startswith("sign-fast, version 0.")
+    status, out, _ = run(capfd, "generate", "--help")
+    for option in ("--sigma_G", "--S_churn", "--disc", "--subdirs", "--num"):
+        assert option in out
+    assert run(capfd, "nonsense")[0] == 2

@@ -1,0 +1,102 @@
+"""info, evaluate and train on the command line, and what `import sign_fast` costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from test_generate import run
+
+from sign_fast.kernels import extension
+
+
+def test_info_tells_what_is_here(capfd):
+    status, out, _ = run(capfd, "info", "--json")
+    facts = json.loads(out)
+    assert status == 0
+    assert facts["C++ extension"]["loaded"] == ("yes" if extension.missing() is None else "no")
+    assert set(facts) == {"versions", "C++ extension", "devices", "operations", "networks", "switches"}
+    assert "digits-uncond" in facts["networks"]["bundled"]
+
+
+def test_info_gives_the_reason(capfd):
+    environment = {**os.environ, "SIGN_FAST_DISABLE_EXT": "1"}
+    words = [sys.executable, "-m", "sign_fast.cli", "info"]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert "switched off by SIGN_FAST_DISABLE_EXT=1" in done.stdout
+
+
+def test_evaluate(tmp_path, capfd):
+    assert run(capfd, "generate", "--network", "digits-uncond", "--outdir", tmp_path, "--num", 50, "--steps", 2)[0] == 0
+    status, out, _ = run(capfd, "evaluate", "--images", tmp_path, "--json")
+    assert status == 0 and json.loads(out)["images"] == 50
+    status, out, _ = run(capfd, "evaluate", "--network", "digits-uncond", "--num", 20, "--steps", 2)
+    assert status == 0 and out.startswith("Fréchet distance ")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["evaluate"], "give either --network or --images"),
+        (["evaluate", "--images", "nowhere"], "no data set at nowhere"),
+        (["train", "--data", "nowhere", "--outdir", "OUT"], "no data set at nowhere"),
+        (
+            ["train", "--data", "digits", "--preset", "cifar10-uncond-vp", "--outdir", "OUT"],
+            "the network takes (3, 32, 32)",
+        ),
+        (["train", "--data", "digits", "--preset", "digit-uncond", "--outdir", "OUT"], "did you mean 'digits-uncond'"),
+        (
+            ["train", "--data", "digits", "--preset", "digits-uncond", "--cbase", "16", "--outdir", "OUT"],
+            "already says --cbase",
+        ),
+        (["train", "--data", "digits", "--cres", "1,2,x", "--outdir", "OUT"], "not a list of whole numbers"),
+        (["train", "--data", "digits", "--cres", "1,1,1,1,1", "--outdir", "OUT"], "cannot be halved 4 times"),
+        (["train", "--data", "digits", "--preset", "digits-uncond", "--lr", "-1", "--outdir", "OUT"], "--lr"),
+    ],
+)
+def test_bad_input(tmp_path, capfd, words, message):
+    status, _, err = run(capfd, *[str(tmp_path / "run") if word == "OUT" else word for word in words])
+    assert status != 0 and message in err and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_with_an_architecture_of_its_own(tmp_path, capfd):
+    words = [
+        "train",
+        "--data",
+        "digits",
+        "--arch",
+        "ncsnpp",
+        "--precond",
+        "ve",
+        "--cond",
+        "--cbase",
+        8,
+        "--cres",
+        "1,2",
+    ]
+    words += ["--batch", 8, "--batch-gpu", 4, "--duration", 0.000016, "--outdir", tmp_path / "run"]
+    status, out, err = run(capfd, *words)
+    assert status == 0, err
+    config = json.loads((tmp_path / "run" / "network" / "config.json").read_text())
+    assert config["cls"] == "VEPrecond" and config["kwargs"]["label_dim"] == 10
+    generate = ["generate", "--network", tmp_path / "run" / "network", "--outdir", tmp_path / "out"]
+    assert run(capfd, *generate, "--num", 2, "--steps", 2)[0] == 0
+
+
+def test_import_loads_nothing_heavy():
+    code = "import sys, sign_fast; print(sorted(m for m in sys.modules if m.split('.')[0] in ('torch','triton','PIL','numpy')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_importing_every_operation_compiles_and_loads_nothing():
+    code = (
+        "import sys, torch; threads = torch.get_num_threads(); import sign_fast.functional, sign_fast.models, "
+        "sign_fast.sampling; assert 'triton' not in sys.modules and 'sign_fast._C' not in sys.modules; "
+        "assert not torch.cuda.is_initialized() and torch.get_num_threads() == threads"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
