@@ -6,8 +6,11 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <optional>
+#include <string_view>
 #include <tuple>
+#include <vector>
 
 #include "group_norm_silu.h"
 
@@ -19,12 +22,16 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kGrain = 16384;  // elements below which a second thread does not pay
 
+// ATEN_CPU_CAPABILITY=default or avx2 limits the choice as it limits torch's own.
 Kernel choose_kernel() {
+  const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string_view most = limit ? limit : "";
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512bw"))
-    return group_norm_silu_avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return group_norm_silu_avx2;
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+  if (avx512 && most != "default" && most != "avx2") return group_norm_silu_avx512;
+  if (avx2 && most != "default") return group_norm_silu_avx2;
   return group_norm_silu_default;
 }
 
@@ -48,9 +55,16 @@ Dtype dtype_of(const Tensor& x) {
   }
 }
 
-// (C) parameters and (B, C) or (1, C) rows as float32; they are small.
+template <typename T>
+void widen(const Tensor& t, std::vector<float>& out) {
+  const T* from = t.const_data_ptr<T>();
+  for (int64_t i = 0; i < t.numel(); ++i) out[i] = static_cast<float>(from[i]);
+}
+
+// (C) parameters and (B, C) or (1, C) rows as float32. They are small: a loop costs less than a call of Tensor::to.
 struct Row {
   Tensor held;
+  std::vector<float> widened;
   const float* data = nullptr;
   int64_t stride = 0;
 
@@ -58,9 +72,21 @@ struct Row {
     if (!t.has_value()) return;
     TORCH_CHECK(t->dim() == dim && t->size(-1) == x.size(1), name, " does not fit x");
     TORCH_CHECK(dim == 1 || t->size(0) == x.size(0) || t->size(0) == 1, name, " does not fit x");
-    held = t->to(at::kFloat).contiguous();
-    data = held.const_data_ptr<float>();
+    TORCH_CHECK(t->is_cpu(), name, " must be on the CPU");
     stride = dim == 2 && t->size(0) != 1 ? t->size(1) : 0;
+    const auto dtype = t->scalar_type();
+    if (dtype == at::kFloat) {
+      held = t->contiguous();
+    } else if (dtype == at::kBFloat16 || dtype == at::kHalf) {
+      const Tensor flat = t->contiguous();
+      widened.resize(flat.numel());
+      dtype == at::kHalf ? widen<at::Half>(flat, widened) : widen<at::BFloat16>(flat, widened);
+      data = widened.data();
+      return;
+    } else {
+      held = t->to(at::kFloat).contiguous();
+    }
+    data = held.const_data_ptr<float>();
   }
 };
 
@@ -69,13 +95,13 @@ void launch(GroupNormArgs& args) {
   if (args.batch == 0 || args.pixels == 0) return;
   const Plan plan = make_plan(args);
   const int64_t grain = std::max<int64_t>(1, kGrain / plan.elements_per_item);
-  at::parallel_for(0, plan.items, grain, [&](int64_t begin, int64_t end) { kernel(args, plan, begin, end); });
+  at::parallel_for(0, plan.items, grain, [&](int64_t begin, int64_t end) {
+    std::vector<double> work(plan.work);
+    kernel(args, plan, begin, end, work.data());
+  });
 }
 
-Tensor dense(const Tensor& x) {
-  // one pixel: the two layouts are the same memory, and channels_last has whole vectors
-  return x.contiguous(x.suggest_memory_format());
-}
+Tensor dense(const Tensor& x) { return x.contiguous(x.suggest_memory_format()); }
 
 GroupNormArgs base_args(const Tensor& x, int64_t groups, double eps, bool silu) {
   TORCH_CHECK(x.dim() == 4, "x must be (B, C, H, W)");
@@ -89,6 +115,7 @@ GroupNormArgs base_args(const Tensor& x, int64_t groups, double eps, bool silu) 
   args.eps = eps;
   args.silu = silu;
   args.skip_scale = 1;
+  // one pixel: the two layouts are the same memory, and channels_last has whole vectors
   args.channels_last = args.pixels == 1 || x.is_contiguous(at::MemoryFormat::ChannelsLast);
   args.dtype = dtype_of(x);
   return args;

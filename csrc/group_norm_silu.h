@@ -1,7 +1,9 @@
 // The CPU kernel of GroupNorm–SiLU: raw pointers in, so that its translation units need no tensor headers.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <numeric>
 
 namespace sign_fast {
 
@@ -30,24 +32,30 @@ struct GroupNormArgs {
 // Work is cut into items by shape alone, so that results do not depend on the number of threads.
 struct Plan {
   int64_t items;
-  int64_t bundle_groups;      // whole groups an item
   int64_t bundles;            // items a sample
+  int64_t bundle_groups;      // whole groups an item; a sample's last item takes what remains as well
   int64_t elements_per_item;
+  int64_t work;               // doubles of scratch memory a thread
 };
 
 inline Plan make_plan(const GroupNormArgs& a) {
+  if (!a.channels_last) return {a.batch * a.groups, a.groups, 1, a.channels / a.groups * a.pixels, 0};
+  // an item is a panel of pixels × channels: at least 64 channels keep every cache line whole, and where it comes out
+  // even, whole vectors (of at most 32) leave no remainder
   const int64_t group_channels = a.channels / a.groups;
-  // channels_last reads a panel of pixels × bundle: at least 64 channels keep every cache line whole
-  int64_t bundle = a.channels_last ? (64 + group_channels - 1) / group_channels : 1;
-  if (bundle > a.groups) bundle = a.groups;
-  const int64_t bundles = (a.groups + bundle - 1) / bundle;
-  return {a.batch * bundles, bundle, bundles, bundle * group_channels * a.pixels};
+  const int64_t even = std::lcm(group_channels, int64_t{32});
+  int64_t channels = even <= 256 ? even : group_channels;
+  channels *= (64 + channels - 1) / channels;
+  const int64_t bundle = std::min(channels / group_channels, a.groups);
+  const int64_t bundles = a.groups / bundle;
+  const int64_t widest = (a.groups - (bundles - 1) * bundle) * group_channels;
+  return {a.batch * bundles, bundles, bundle, bundle * group_channels * a.pixels, 4 * widest};
 }
 
-using Kernel = void (*)(const GroupNormArgs&, const Plan&, int64_t begin, int64_t end);
+using Kernel = void (*)(const GroupNormArgs&, const Plan&, int64_t begin, int64_t end, double* work);
 
-void group_norm_silu_default(const GroupNormArgs&, const Plan&, int64_t begin, int64_t end);
-void group_norm_silu_avx2(const GroupNormArgs&, const Plan&, int64_t begin, int64_t end);
-void group_norm_silu_avx512(const GroupNormArgs&, const Plan&, int64_t begin, int64_t end);
+void group_norm_silu_default(const GroupNormArgs&, const Plan&, int64_t begin, int64_t end, double* work);
+void group_norm_silu_avx2(const GroupNormArgs&, const Plan&, int64_t begin, int64_t end, double* work);
+void group_norm_silu_avx512(const GroupNormArgs&, const Plan&, int64_t begin, int64_t end, double* work);
 
 }  // namespace sign_fast

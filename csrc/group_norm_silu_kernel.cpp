@@ -1,10 +1,12 @@
 // Compiled once a CPU capability: setup.py gives each object its instruction set, CPU_CAPABILITY and SIGN_FAST_KERNEL.
+// Everything here has internal linkage or is inlined: a function shared with another object could be linked from here
+// and run on a CPU without these instructions.
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
+#include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <vector>
+#include <type_traits>
 
 #include "group_norm_silu.h"
 
@@ -13,58 +15,87 @@ namespace {
 
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t V = Vec::size();
-constexpr int64_t UNROLL = 4;  // vectors of channels that share one walk over the pixels
+constexpr int64_t UNROLL = 4;  // float vectors in flight, which hides the latency of the additions
+constexpr int64_t RUN = 32;    // additions a float lane takes before it is moved to a double: bounds the rounding
 
-inline Vec load(const float* p, int64_t n) { return n == V ? Vec::loadu(p) : Vec::loadu(p, n); }
+// One whole vector of T, widened to VECS vectors of float.
+template <typename T>
+constexpr int64_t VECS = sizeof(float) / sizeof(T);
+template <typename T>
+constexpr int64_t N = VECS<T> * V;
 
 template <typename T>
-inline Vec load(const T* p, int64_t n) {
-  Vec out;
-  if (n == V) {
-    at::vec::load_to_float<T>(p, out);
+struct Pack {
+  Vec v[VECS<T>];
+};
+
+template <typename T>
+inline Pack<T> load_pack(const T* p, int64_t count = N<T>) {
+  using Native = at::vec::Vectorized<T>;
+  const Native raw = count == N<T> ? Native::loadu(p) : Native::loadu(p, count);
+  if constexpr (std::is_same_v<T, float>) {
+    return {raw};
   } else {
-    T padded[V] = {};
-    std::memcpy(static_cast<void*>(padded), p, n * sizeof(T));
-    at::vec::load_to_float<T>(padded, out);
+    const auto [low, high] = at::vec::convert_to_float<T>(raw);
+    return {low, high};
+  }
+}
+
+template <typename T>
+inline void store_pack(T* p, const Pack<T>& x, int64_t count = N<T>) {
+  at::vec::Vectorized<T> raw;
+  if constexpr (std::is_same_v<T, float>) {
+    raw = x.v[0];
+  } else {
+    raw = at::vec::convert_from_float<T>(x.v[0], x.v[1]);
+  }
+  if (count == N<T>) {
+    raw.store(p);
+  } else {
+    raw.store(p, count);
+  }
+}
+
+// float parameters beside a pack of T
+template <typename T>
+inline Pack<T> load_floats(const float* p, int64_t count = N<T>) {
+  Pack<T> out;
+  for (int64_t k = 0; k < VECS<T>; ++k) {
+    const int64_t left = std::clamp<int64_t>(count - k * V, 0, V);
+    out.v[k] = left == V ? Vec::loadu(p + k * V) : left > 0 ? Vec::loadu(p + k * V, left) : Vec(0.f);
   }
   return out;
 }
 
-inline void store(float* p, Vec v, int64_t n) { v.store(p, n); }
-
-template <typename T>
-inline void store(T* p, Vec v, int64_t n) {
-  at::vec::convert_from_float<T>(v, v).store(p, n);
+inline float sum(Vec x) {
+  return at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return a + b; }, x);
 }
 
-inline float sum(Vec v) {
-  float lanes[V];
-  v.store(lanes);
-  double total = 0;
-  for (float lane : lanes) total += lane;
-  return static_cast<float>(total);
-}
-
-inline Vec silu(Vec v) { return v / (Vec(1.f) + v.neg().exp_u20()); }
+inline Vec silu(Vec x) { return x / (Vec(1.f) + x.neg().exp_u20()); }
 
 struct Moments {
   double mean, rstd;
 };
 
-// The second pass runs around the first pass's mean, so what that mean misses is measured and taken off again.
+// The sums run around a rough mean, the one of a quarter of the pixels; what it misses is measured and taken off again.
+// A mean over a fraction p of the data lies within √((1 − p)/p) standard deviations, so little can cancel here.
 inline Moments moments(double rough, double s1, double s2, double count, double eps) {
   const double gap = s1 / count;
   const double variance = s2 / count - gap * gap;
   return {rough + gap, 1 / std::sqrt((variance > 0 ? variance : 0) + eps)};
 }
 
+inline int64_t quarter(int64_t length) { return std::max(std::min<int64_t>(length, 64), length / 4); }
+
 // y = ((x − centre) − rest)·factor + offset; the centre is split in two floats so that a large mean loses no digits.
 struct Coefficients {
   float centre, rest, factor, offset;
 };
 
+inline double embedding(const GroupNormArgs& a, int64_t b, int64_t c) { return a.emb ? a.emb[b * a.emb_row + c] : 0; }
+
 inline Coefficients coefficients(const GroupNormArgs& a, int64_t b, int64_t c, Moments m) {
-  const double centre = m.mean - (a.emb ? a.emb[b * a.emb_row + c] : 0.f);
+  const double centre = m.mean - embedding(a, b, c);
   const double scale = 1.0 + (a.scale ? a.scale[b * a.scale_row + c] : 0.f);
   const double shift = a.shift ? a.shift[b * a.shift_row + c] : 0.f;
   const double weight = a.weight ? a.weight[c] : 1.f;
@@ -74,206 +105,301 @@ inline Coefficients coefficients(const GroupNormArgs& a, int64_t b, int64_t c, M
           static_cast<float>(bias * scale + shift)};
 }
 
-inline float embedding(const GroupNormArgs& a, int64_t b, int64_t c) { return a.emb ? a.emb[b * a.emb_row + c] : 0.f; }
-
-inline Vec apply(Vec x, Vec centre, Vec rest, Vec factor, Vec offset, bool with_silu) {
-  const Vec y = at::vec::fmadd((x - centre) - rest, factor, offset);
-  return with_silu ? silu(y) : y;
-}
-
-// ---- NCHW: a channel is a run of pixels ----
-
-template <typename T>
-void join_run(const GroupNormArgs& a, int64_t c, int64_t at, int64_t n) {
-  const Vec bias(a.join_bias ? a.join_bias[c] : 0.f), factor(a.skip_scale);
-  const T* h = static_cast<const T*>(a.x) + at;
-  const T* skip = static_cast<const T*>(a.skip) + at;
-  T* r = static_cast<T*>(a.r) + at;
-  for (int64_t i = 0; i < n; i += V) {
-    const int64_t k = n - i < V ? n - i : V;
-    store(r + i, (load(h + i, k) + load(skip + i, k) + bias) * factor, k);
+template <typename T, bool SILU>
+inline void apply(const T* x, T* y, const Pack<T>& centre, const Pack<T>& rest, const Pack<T>& factor,
+                  const Pack<T>& offset, int64_t count = N<T>) {
+  Pack<T> p = load_pack(x, count);
+  for (int64_t k = 0; k < VECS<T>; ++k) {
+    p.v[k] = at::vec::fmadd((p.v[k] - centre.v[k]) - rest.v[k], factor.v[k], offset.v[k]);
+    if constexpr (SILU) p.v[k] = silu(p.v[k]);
   }
+  store_pack(y, p, count);
 }
 
 template <typename T>
+inline void join(const T* h, const T* skip, T* r, const Pack<T>& bias, Vec factor, int64_t count = N<T>) {
+  Pack<T> x = load_pack(h, count);
+  const Pack<T> s = load_pack(skip, count);
+  for (int64_t k = 0; k < VECS<T>; ++k) x.v[k] = (x.v[k] + s.v[k] + bias.v[k]) * factor;
+  store_pack(r, x, count);
+}
+
+template <typename T>
+inline Pack<T> spread(float value) {
+  Pack<T> out;
+  for (auto& v : out.v) v = Vec(value);
+  return out;
+}
+
+// ---- NCHW: a channel is a run of pixels, a group without embedding one long run ----
+
+// Σd and Σd² with d = (x − high) − low over runs, kept in UNROLL float vectors and moved to doubles in time.
+template <typename T, bool SQUARES>
+struct RunSums {
+  static constexpr int64_t PACKS = UNROLL / VECS<T>;
+  Vec t1[UNROLL], t2[UNROLL];
+  int64_t filled = 0;
+  double s1 = 0, s2 = 0;
+
+  RunSums() { clear(); }
+
+  void clear() {
+    for (int64_t u = 0; u < UNROLL; ++u) t1[u] = t2[u] = Vec(0.f);
+    filled = 0;
+  }
+
+  void flush() {
+    s1 += sum((t1[0] + t1[1]) + (t1[2] + t1[3]));
+    if (SQUARES) s2 += sum((t2[0] + t2[1]) + (t2[2] + t2[3]));
+    clear();
+  }
+
+  void add(const T* x, int64_t length, double centre) {
+    const float high_part = static_cast<float>(centre);
+    const Vec high(high_part), low(static_cast<float>(centre - high_part));
+    int64_t i = 0;
+    while (i + PACKS * N<T> <= length) {
+      const int64_t whole = std::min(RUN - filled, (length - i) / (PACKS * N<T>));
+      Vec a1[UNROLL], a2[UNROLL];  // locals: members would be written back to memory at every step
+      std::copy_n(t1, UNROLL, a1);
+      std::copy_n(t2, UNROLL, a2);
+      for (int64_t step = 0; step < whole; ++step, i += PACKS * N<T>)
+        for (int64_t u = 0; u < PACKS; ++u) {
+          const Pack<T> p = load_pack(x + i + u * N<T>);
+          for (int64_t k = 0; k < VECS<T>; ++k) {
+            const Vec d = (p.v[k] - high) - low;
+            a1[u * VECS<T> + k] = a1[u * VECS<T> + k] + d;
+            if (SQUARES) a2[u * VECS<T> + k] = at::vec::fmadd(d, d, a2[u * VECS<T> + k]);
+          }
+        }
+      std::copy_n(a1, UNROLL, t1);
+      std::copy_n(a2, UNROLL, t2);
+      if ((filled += whole) == RUN) flush();
+    }
+    for (int64_t u = 0; i < length; i += N<T>, u = (u + 1) % PACKS) {
+      const int64_t count = std::min(N<T>, length - i);
+      const Pack<T> p = load_pack(x + i, count);
+      for (int64_t k = 0; k < VECS<T>; ++k) {
+        const int64_t left = std::clamp<int64_t>(count - k * V, 0, V);
+        const Vec d = Vec::set(Vec(0.f), (p.v[k] - high) - low, left);
+        t1[u * VECS<T> + k] = t1[u * VECS<T> + k] + d;
+        if (SQUARES) t2[u * VECS<T> + k] = at::vec::fmadd(d, d, t2[u * VECS<T> + k]);
+      }
+    }
+    if (i > 0 && ++filled >= RUN) flush();
+  }
+};
+
+template <typename T, bool SILU>
 void contiguous_item(const GroupNormArgs& a, int64_t b, int64_t group) {
   const int64_t channels = a.channels / a.groups, first = group * channels, n = a.pixels;
   const int64_t base = (b * a.channels + first) * n;
-  const double count = static_cast<double>(channels * n);
-  if (a.skip)
-    for (int64_t c = 0; c < channels; ++c) join_run<T>(a, first + c, base + c * n, n);
+  if (a.skip) {
+    const T *h = static_cast<const T*>(a.x) + base, *skip = static_cast<const T*>(a.skip) + base;
+    T* r = static_cast<T*>(a.r) + base;
+    for (int64_t c = 0; c < channels; ++c) {
+      const Pack<T> bias = spread<T>(a.join_bias ? a.join_bias[first + c] : 0.f);
+      for (int64_t i = c * n; i < (c + 1) * n; i += N<T>)
+        join(h + i, skip + i, r + i, bias, Vec(a.skip_scale), std::min(N<T>, (c + 1) * n - i));
+    }
+  }
   const T* x = static_cast<const T*>(a.skip ? a.r : a.x) + base;
   T* y = static_cast<T*>(a.y) + base;
 
-  double rough = 0;
-  for (int64_t c = 0; c < channels; ++c) {
-    Vec total(0.f);
-    for (int64_t i = 0; i < n; i += V) total = total + load(x + c * n + i, n - i < V ? n - i : V);
-    rough += sum(total) + static_cast<double>(embedding(a, b, first + c)) * n;
+  const int64_t runs = a.emb ? channels : 1, length = a.emb ? n : channels * n, part = quarter(length);
+  RunSums<T, false> some;
+  double embeddings = 0;
+  for (int64_t c = 0; c < runs; ++c) {
+    some.add(x + c * n, part, 0);
+    embeddings += embedding(a, b, first + c);
   }
-  rough /= count;
+  some.flush();
+  const double rough = some.s1 / static_cast<double>(runs * part) + embeddings / static_cast<double>(runs);
 
-  double s1 = 0, s2 = 0;
-  for (int64_t c = 0; c < channels; ++c) {
-    const double centre = rough - embedding(a, b, first + c);
-    const float high = static_cast<float>(centre);
-    const Vec centre_high(high), centre_low(static_cast<float>(centre - high));
-    Vec t1(0.f), t2(0.f);
-    int64_t i = 0;
-    for (; i + V <= n; i += V) {
-      const Vec d = (load(x + c * n + i, V) - centre_high) - centre_low;
-      t1 = t1 + d;
-      t2 = at::vec::fmadd(d, d, t2);
-    }
-    s1 += sum(t1);
-    s2 += sum(t2);
-    for (; i < n; ++i) {
-      const float d = (static_cast<float>(x[c * n + i]) - high) - static_cast<float>(centre - high);
-      s1 += d;
-      s2 += static_cast<double>(d) * d;
-    }
-  }
+  RunSums<T, true> all;
+  for (int64_t c = 0; c < runs; ++c) all.add(x + c * n, length, rough - embedding(a, b, first + c));
+  all.flush();
 
-  const Moments m = moments(rough, s1, s2, count, a.eps);
+  const Moments m = moments(rough, all.s1, all.s2, static_cast<double>(channels * n), a.eps);
   for (int64_t c = 0; c < channels; ++c) {
     const Coefficients k = coefficients(a, b, first + c, m);
-    const Vec centre(k.centre), rest(k.rest), factor(k.factor), offset(k.offset);
-    for (int64_t i = 0; i < n; i += V) {
-      const int64_t w = n - i < V ? n - i : V;
-      store(y + c * n + i, apply(load(x + c * n + i, w), centre, rest, factor, offset, a.silu), w);
-    }
+    const Pack<T> centre = spread<T>(k.centre), rest = spread<T>(k.rest);
+    const Pack<T> factor = spread<T>(k.factor), offset = spread<T>(k.offset);
+    for (int64_t i = c * n; i < (c + 1) * n; i += N<T>)
+      apply<T, SILU>(x + i, y + i, centre, rest, factor, offset, std::min(N<T>, (c + 1) * n - i));
   }
 }
 
 // ---- channels_last: a pixel is a run of channels ----
 
+// Sums over the pixels of PACKS packs of channels that start at `at`; count < N only where the width is.
+template <typename T, int64_t PACKS, bool CENTRED>
+void column_sums(const T* x, int64_t pixels, int64_t stride, const int64_t* at, int64_t count, const float* high,
+                 const float* low, double* s1, double* s2) {
+  Pack<T> h[PACKS], l[PACKS], t1[PACKS], t2[PACKS];
+  if (CENTRED)
+    for (int64_t u = 0; u < PACKS; ++u) {
+      h[u] = load_floats<T>(high + at[u], count);
+      l[u] = load_floats<T>(low + at[u], count);
+    }
+  for (int64_t u = 0; u < PACKS; ++u)
+    for (int64_t c = 0; c < count; ++c) s1[at[u] + c] = s2[at[u] + c] = 0;
+  for (int64_t from = 0; from < pixels; from += RUN) {
+    for (int64_t u = 0; u < PACKS; ++u) t1[u] = t2[u] = spread<T>(0.f);
+    const int64_t to = std::min(from + RUN, pixels);
+    for (int64_t p = from; p < to; ++p)
+      for (int64_t u = 0; u < PACKS; ++u) {
+        const Pack<T> v = load_pack(x + p * stride + at[u], count);
+        for (int64_t k = 0; k < VECS<T>; ++k) {
+          const Vec d = CENTRED ? (v.v[k] - h[u].v[k]) - l[u].v[k] : v.v[k];
+          t1[u].v[k] = t1[u].v[k] + d;
+          if (CENTRED) t2[u].v[k] = at::vec::fmadd(d, d, t2[u].v[k]);
+        }
+      }
+    for (int64_t u = 0; u < PACKS; ++u) {
+      float lanes1[N<T>], lanes2[N<T>];
+      for (int64_t k = 0; k < VECS<T>; ++k) t1[u].v[k].store(lanes1 + k * V), t2[u].v[k].store(lanes2 + k * V);
+      // packs may overlap: only the first one adds to a channel that two of them hold
+      const int64_t skip = u > 0 ? at[u - 1] + N<T> - at[u] : 0;
+      for (int64_t c = skip; c < count; ++c) s1[at[u] + c] += lanes1[c];
+      if (CENTRED)
+        for (int64_t c = skip; c < count; ++c) s2[at[u] + c] += lanes2[c];
+    }
+  }
+}
+
+// The last pack of a row ends with the row and so overlaps the one before: no partial loads but for narrow rows.
 template <typename T>
-void channels_last_item(const GroupNormArgs& a, int64_t b, int64_t first_group, int64_t groups, std::vector<float>& work) {
+inline int64_t pack_at(int64_t u, int64_t width) {
+  return std::max<int64_t>(0, std::min(u * N<T>, width - N<T>));
+}
+
+template <typename T, bool CENTRED>
+void all_column_sums(const T* x, int64_t pixels, int64_t stride, int64_t width, const float* high, const float* low,
+                     double* s1, double* s2) {
+  constexpr int64_t PACKS = UNROLL / VECS<T>;
+  const int64_t packs = (width + N<T> - 1) / N<T>, count = std::min(N<T>, width);
+  int64_t u = 0;
+  for (; u + PACKS <= packs; u += PACKS) {
+    int64_t at[PACKS];
+    for (int64_t i = 0; i < PACKS; ++i) at[i] = pack_at<T>(u + i, width);
+    column_sums<T, PACKS, CENTRED>(x, pixels, stride, at, count, high, low, s1, s2);
+  }
+  if (u + 2 <= packs) {
+    const int64_t at[2] = {pack_at<T>(u, width), pack_at<T>(u + 1, width)};
+    column_sums<T, 2, CENTRED>(x, pixels, stride, at, count, high, low, s1, s2);
+    u += 2;
+  }
+  for (; u < packs; ++u) {
+    const int64_t at = pack_at<T>(u, width);
+    column_sums<T, 1, CENTRED>(x, pixels, stride, &at, count, high, low, s1, s2);
+  }
+}
+
+// A walk over the pixels with PACKS packs, a cache line or more: their four parameters stay in registers.
+template <typename T, int64_t PACKS, bool SILU>
+void apply_columns(const T* x, T* y, int64_t pixels, int64_t stride, const int64_t* at, int64_t count, const float* w0,
+                   const float* w1, const float* w2, const float* w3) {
+  Pack<T> centre[PACKS], rest[PACKS], factor[PACKS], offset[PACKS];
+  for (int64_t u = 0; u < PACKS; ++u) {
+    centre[u] = load_floats<T>(w0 + at[u], count), rest[u] = load_floats<T>(w1 + at[u], count);
+    factor[u] = load_floats<T>(w2 + at[u], count), offset[u] = load_floats<T>(w3 + at[u], count);
+  }
+  for (int64_t p = 0; p < pixels * stride; p += stride)
+    for (int64_t u = 0; u < PACKS; ++u)
+      apply<T, SILU>(x + p + at[u], y + p + at[u], centre[u], rest[u], factor[u], offset[u], count);
+}
+
+template <typename T, bool SILU>
+void channels_last_item(const GroupNormArgs& a, int64_t b, int64_t first_group, int64_t groups, double* work) {
   const int64_t group_channels = a.channels / a.groups, first = first_group * group_channels;
   const int64_t width = groups * group_channels, stride = a.channels, n = a.pixels;
   const int64_t base = b * a.channels * n + first;
-  const double count = static_cast<double>(group_channels * n);
-  work.resize(4 * width);
-  float *w0 = work.data(), *w1 = w0 + width, *w2 = w1 + width, *w3 = w2 + width;
+  const int64_t packs = (width + N<T> - 1) / N<T>, lanes = std::min(N<T>, width);
+  double *s1 = work, *s2 = work + width;
+  float* w0 = reinterpret_cast<float*>(s2 + width);
+  float *w1 = w0 + width, *w2 = w1 + width, *w3 = w2 + width;
 
   if (a.skip) {
-    const Vec factor(a.skip_scale);
-    const T* h = static_cast<const T*>(a.x) + base;
-    const T* skip = static_cast<const T*>(a.skip) + base;
+    const T *h = static_cast<const T*>(a.x) + base, *skip = static_cast<const T*>(a.skip) + base;
     T* r = static_cast<T*>(a.r) + base;
+    for (int64_t c = 0; c < width; ++c) w0[c] = a.join_bias ? a.join_bias[first + c] : 0.f;
     for (int64_t p = 0; p < n; ++p)
-      for (int64_t c = 0; c < width; c += V) {
-        const int64_t k = width - c < V ? width - c : V, at = p * stride + c;
-        const Vec bias = a.join_bias ? load(a.join_bias + first + c, k) : Vec(0.f);
-        store(r + at, (load(h + at, k) + load(skip + at, k) + bias) * factor, k);
+      for (int64_t u = 0; u < packs; ++u) {
+        const int64_t c = pack_at<T>(u, width), at = p * stride + c;
+        join(h + at, skip + at, r + at, load_floats<T>(w0 + c, lanes), Vec(a.skip_scale), lanes);
       }
   }
   const T* x = static_cast<const T*>(a.skip ? a.r : a.x) + base;
   T* y = static_cast<T*>(a.y) + base;
 
-  // sums over the pixels of UNROLL vectors of channels at a time; d = (x − w0) − w1
-  const auto column_sums = [&](bool centred) {
-    for (int64_t c = 0; c < width; c += UNROLL * V) {
-      Vec t1[UNROLL], t2[UNROLL], high[UNROLL], low[UNROLL];
-      int64_t k[UNROLL];
-      int64_t used = 0;
-      for (; used < UNROLL && c + used * V < width; ++used) {
-        const int64_t at = c + used * V;
-        k[used] = width - at < V ? width - at : V;
-        t1[used] = t2[used] = Vec(0.f);
-        if (centred) high[used] = load(w0 + at, k[used]), low[used] = load(w1 + at, k[used]);
-      }
-      if (used == UNROLL && k[UNROLL - 1] == V) {
-        for (int64_t p = 0; p < n; ++p)
-          for (int64_t u = 0; u < UNROLL; ++u) {
-            Vec d = load(x + p * stride + c + u * V, V);
-            if (centred) {
-              d = (d - high[u]) - low[u];
-              t2[u] = at::vec::fmadd(d, d, t2[u]);
-            }
-            t1[u] = t1[u] + d;
-          }
-      } else {
-        for (int64_t p = 0; p < n; ++p)
-          for (int64_t u = 0; u < used; ++u) {
-            Vec d = load(x + p * stride + c + u * V, k[u]);
-            if (centred) {
-              d = (d - high[u]) - low[u];
-              t2[u] = at::vec::fmadd(d, d, t2[u]);
-            }
-            t1[u] = t1[u] + d;
-          }
-      }
-      for (int64_t u = 0; u < used; ++u) {
-        store(w2 + c + u * V, t1[u], k[u]);
-        store(w3 + c + u * V, t2[u], k[u]);
-      }
-    }
-  };
-
-  column_sums(false);
+  const int64_t part = quarter(n);
+  all_column_sums<T, false>(x, part, stride, width, nullptr, nullptr, s1, s2);
   for (int64_t g = 0; g < groups; ++g) {
+    const int64_t c0 = g * group_channels, c1 = c0 + group_channels;
     double rough = 0;
-    for (int64_t c = g * group_channels; c < (g + 1) * group_channels; ++c)
-      rough += w2[c] + static_cast<double>(embedding(a, b, first + c)) * n;
-    rough /= count;
-    for (int64_t c = g * group_channels; c < (g + 1) * group_channels; ++c) {
+    for (int64_t c = c0; c < c1; ++c) rough += s1[c] / static_cast<double>(part) + embedding(a, b, first + c);
+    rough /= static_cast<double>(group_channels);
+    for (int64_t c = c0; c < c1; ++c) {
       const double centre = rough - embedding(a, b, first + c);
       w0[c] = static_cast<float>(centre);
       w1[c] = static_cast<float>(centre - w0[c]);
     }
   }
 
-  column_sums(true);
+  all_column_sums<T, true>(x, n, stride, width, w0, w1, s1, s2);
   for (int64_t g = 0; g < groups; ++g) {
-    const int64_t c0 = g * group_channels;
-    double s1 = 0, s2 = 0;
-    for (int64_t c = c0; c < c0 + group_channels; ++c) s1 += w2[c], s2 += w3[c];
+    const int64_t c0 = g * group_channels, c1 = c0 + group_channels;
+    double t1 = 0, t2 = 0;
+    for (int64_t c = c0; c < c1; ++c) t1 += s1[c], t2 += s2[c];
     const double rough = static_cast<double>(w0[c0]) + w1[c0] + embedding(a, b, first + c0);
-    const Moments m = moments(rough, s1, s2, count, a.eps);
-    for (int64_t c = c0; c < c0 + group_channels; ++c) {
+    const Moments m = moments(rough, t1, t2, static_cast<double>(group_channels * n), a.eps);
+    for (int64_t c = c0; c < c1; ++c) {
       const Coefficients k = coefficients(a, b, first + c, m);
       w0[c] = k.centre, w1[c] = k.rest, w2[c] = k.factor, w3[c] = k.offset;
     }
   }
 
-  for (int64_t c = 0; c < width; c += V) {
-    const int64_t k = width - c < V ? width - c : V;
-    const Vec centre = load(w0 + c, k), rest = load(w1 + c, k), factor = load(w2 + c, k), offset = load(w3 + c, k);
-    if (k == V) {
-      for (int64_t p = 0; p < n; ++p)
-        store(y + p * stride + c, apply(load(x + p * stride + c, V), centre, rest, factor, offset, a.silu), V);
+  constexpr bool pairs = 2 * 4 * VECS<T> < (V == 16 ? 32 : 16);  // of packs: their parameters must fit the registers
+  int64_t u = 0;
+  for (; pairs && u + 2 <= packs; u += 2) {
+    const int64_t at[2] = {pack_at<T>(u, width), pack_at<T>(u + 1, width)};
+    apply_columns<T, 2, SILU>(x, y, n, stride, at, lanes, w0, w1, w2, w3);
+  }
+  for (; u < packs; ++u) {
+    const int64_t at = pack_at<T>(u, width);
+    apply_columns<T, 1, SILU>(x, y, n, stride, &at, lanes, w0, w1, w2, w3);
+  }
+}
+
+template <typename T, bool SILU>
+void run(const GroupNormArgs& a, const Plan& plan, int64_t begin, int64_t end, double* work) {
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t b = item / plan.bundles, bundle = item % plan.bundles, first = bundle * plan.bundle_groups;
+    if (a.channels_last) {
+      const int64_t groups = bundle + 1 == plan.bundles ? a.groups - first : plan.bundle_groups;
+      channels_last_item<T, SILU>(a, b, first, groups, work);
     } else {
-      for (int64_t p = 0; p < n; ++p)
-        store(y + p * stride + c, apply(load(x + p * stride + c, k), centre, rest, factor, offset, a.silu), k);
+      contiguous_item<T, SILU>(a, b, first);
     }
   }
 }
 
 template <typename T>
-void run(const GroupNormArgs& a, const Plan& plan, int64_t begin, int64_t end) {
-  std::vector<float> work;
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t b = item / plan.bundles, first = item % plan.bundles * plan.bundle_groups;
-    if (a.channels_last) {
-      const int64_t left = a.groups - first;
-      channels_last_item<T>(a, b, first, left < plan.bundle_groups ? left : plan.bundle_groups, work);
-    } else {
-      contiguous_item<T>(a, b, first);
-    }
-  }
+void run(const GroupNormArgs& a, const Plan& plan, int64_t begin, int64_t end, double* work) {
+  return a.silu ? run<T, true>(a, plan, begin, end, work) : run<T, false>(a, plan, begin, end, work);
 }
 
 }  // namespace
 
-void SIGN_FAST_KERNEL(const GroupNormArgs& a, const Plan& plan, int64_t begin, int64_t end) {
+void SIGN_FAST_KERNEL(const GroupNormArgs& a, const Plan& plan, int64_t begin, int64_t end, double* work) {
   switch (a.dtype) {
     case Dtype::Float:
-      return run<float>(a, plan, begin, end);
+      return run<float>(a, plan, begin, end, work);
     case Dtype::BFloat16:
-      return run<c10::BFloat16>(a, plan, begin, end);
+      return run<c10::BFloat16>(a, plan, begin, end, work);
     case Dtype::Half:
-      return run<c10::Half>(a, plan, begin, end);
+      return run<c10::Half>(a, plan, begin, end, work);
   }
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from .. import extension
 from ..dispatch import Reason, fall_back, taken
@@ -21,8 +22,7 @@ _library.define(
 
 
 def _like(x: Tensor) -> Tensor:
-    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.empty_like(x, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return torch.empty_like(x.contiguous(memory_format=suggest_memory_format(x)))
 
 
 @torch.library.register_fake("sign_fast::group_norm_silu", lib=_library)
@@ -55,7 +55,10 @@ def _(
     return _like(h), _like(h)
 
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_norm = torch.ops.sign_fast.group_norm_silu.default
+_residual_norm = torch.ops.sign_fast.residual_group_norm_silu.default
+
+_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _GRADIENTS = Reason("the C++ kernel computes no gradients")
 _DTYPE = Reason("float64 is for checking only")
 _DEVICE = Reason("the C++ kernel is for the CPU")
@@ -63,7 +66,7 @@ _DEVICE = Reason("the C++ kernel is for the CPU")
 
 def supports(x: Tensor, *others: Tensor | None) -> Reason | None:
     """None when the C++ kernel takes a call with these tensors, otherwise why not."""
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return _DEVICE
     if x.dtype not in _DTYPES:
         return _DTYPE
@@ -88,9 +91,7 @@ def group_norm_silu(
         reason = supports(x, weight, bias, emb, scale, shift)
         if reason is None:
             taken["group_norm_silu", "cpp"] += 1
-            y: Tensor = torch.ops.sign_fast.group_norm_silu.default(
-                x, num_groups, weight, bias, eps, emb, scale, shift, silu
-            )
+            y: Tensor = _norm(x, num_groups, weight, bias, eps, emb, scale, shift, silu)
             return y
         fall_back("group_norm_silu", reason)
     return reference.group_norm_silu(x, num_groups, weight, bias, eps, emb, scale, shift, silu)
@@ -111,7 +112,7 @@ def residual_group_norm_silu(
         reason = supports(h, skip, bias, weight, norm_bias)
         if reason is None:
             taken["residual_group_norm_silu", "cpp"] += 1
-            both: tuple[Tensor, Tensor] = torch.ops.sign_fast.residual_group_norm_silu.default(
+            both: tuple[Tensor, Tensor] = _residual_norm(
                 h, skip, bias, skip_scale, num_groups, weight, norm_bias, eps, silu
             )
             return both

@@ -63,7 +63,7 @@ def generate(
 
     \b
     sign-fast generate --network digits-uncond --outdir out --seeds 0-99 --grid out/grid.png
-    torchrun --nproc-per-node 4 -m sign_fast.cli generate --network DIR --outdir out --num 50000 --subdirs
+    torchrun --nproc-per-node 4 -m sign_fast.cli generate --network DIR --outdir out --seeds 0-49999 --subdirs
     """
     import torch
 

@@ -72,8 +72,8 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> l
 @click.option("--xflip/--no-xflip", default=None, help="Mirror half of the images.")
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="Of the inner network.  [default: fp32]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--log", "log_every", type=click.IntRange(min=1), help="Iterations between log rows.")
-@click.option("--snap", "save_every", type=click.IntRange(min=1), help="Iterations between checkpoints.")
+@click.option("--log-every", type=click.IntRange(min=1), help="Iterations between log rows.")
+@click.option("--snap-every", "save_every", type=click.IntRange(min=1), help="Iterations between checkpoints.")
 @click.option("--keep", type=click.IntRange(min=1), help="Checkpoints kept.")
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]")
 def train(data: str, outdir: Path, device: str | None, **options: Any) -> None:

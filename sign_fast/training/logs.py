@@ -16,7 +16,7 @@ class RunLog:
     Args:
         folder: of the run.
         columns: of the CSV; the first is the iteration.
-        resume_at: rows of this iteration and later are dropped, a resumed run writes them again.
+        resume_at: iterations done; rows of later ones are dropped, a resumed run writes them again.
     """
 
     def __init__(self, folder: Path, columns: list[str], resume_at: int) -> None:
@@ -26,7 +26,7 @@ class RunLog:
         if self.path.exists():
             with self.path.open(newline="") as file:
                 kept = list(csv.reader(file))[1:]
-            rows = [row for row in kept if len(row) == len(columns) and int(row[0]) < resume_at]
+            rows = [row for row in kept if len(row) == len(columns) and int(row[0]) <= resume_at]
         text = io.StringIO()
         csv.writer(text).writerows([columns, *rows])
         write_text(self.path, text.getvalue())
@@ -34,7 +34,7 @@ class RunLog:
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at or None)
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_at + 1 if resume_at else None)
         except ImportError:
             self.without_tensorboard = "TensorBoard logs are off: pip install 'sign-fast[train]'"
         else:

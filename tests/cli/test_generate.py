@@ -153,7 +153,7 @@ def not_json(folder):
 )
 def test_bad_network_folder(tmp_path, capfd, change, message):
     folder = broken(tmp_path, change)
-    status, out, err = generate(capfd, tmp_path / "out", network=folder)
+    status, _, err = generate(capfd, tmp_path / "out", network=folder)
     assert status == 1 and message in err
     assert err.startswith("sign-fast: error: ") and err.count("\n") == 1
     assert not (tmp_path / "out").exists() and not (Path.cwd() / "executed").exists()
@@ -182,7 +182,7 @@ def test_bad_network_folder(tmp_path, capfd, change, message):
 )
 def test_bad_arguments(tmp_path, capfd, words, status, message, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])
-    got, out, err = generate(capfd, tmp_path / "out", *words)
+    got, _, err = generate(capfd, tmp_path / "out", *words)
     assert got == status and message in err
     assert err.startswith("sign-fast: error: ") and err.count("\n") == 1
     assert not files(tmp_path)
@@ -225,7 +225,7 @@ def test_disk_full_leaves_nothing_half_written(tmp_path, capfd, monkeypatch):
 
 def test_help_and_version(capfd):
     assert run(capfd, "--version")[1].startswith("sign-fast, version 0.")
-    status, out, _ = run(capfd, "generate", "--help")
+    out = run(capfd, "generate", "--help")[1]
     for option in ("--sigma_G", "--S_churn", "--disc", "--subdirs", "--num"):
         assert option in out
     assert run(capfd, "nonsense")[0] == 2

@@ -79,7 +79,7 @@ def test_train_with_an_architecture_of_its_own(tmp_path, capfd):
         "1,2",
     ]
     words += ["--batch", 8, "--batch-gpu", 4, "--duration", 0.000016, "--outdir", tmp_path / "run"]
-    status, out, err = run(capfd, *words)
+    status, _, err = run(capfd, *words)
     assert status == 0, err
     config = json.loads((tmp_path / "run" / "network" / "config.json").read_text())
     assert config["cls"] == "VEPrecond" and config["kwargs"]["label_dim"] == 10
@@ -88,7 +88,8 @@ def test_train_with_an_architecture_of_its_own(tmp_path, capfd):
 
 
 def test_import_loads_nothing_heavy():
-    code = "import sys, sign_fast; print(sorted(m for m in sys.modules if m.split('.')[0] in ('torch','triton','PIL','numpy')))"
+    heavy = "('torch', 'triton', 'PIL', 'numpy')"
+    code = f"import sys, sign_fast; print(sorted(m for m in sys.modules if m.split('.')[0] in {heavy}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -56,7 +56,7 @@ def test_real_digits_are_at_distance_zero_and_noise_is_far():
 
 
 def test_bundled_classifier_is_the_one_its_command_trains(tmp_path):
-    report = digits_classifier.train(tmp_path / "out", seed=0, epochs=2)
+    report = digits_classifier.train(tmp_path / "out", seed=0, epochs=5)
     assert report.held_out_accuracy > 0.9
     bundled = json.loads((tmp_path / "out" / "report.json").read_text())
     assert bundled["images"] == 1797 and "train-digits-classifier" in bundled["command"]

@@ -114,7 +114,7 @@ def test_low_precision_trains(precision, tmp_path):
 
 def command(folder, *extra):
     words = ["train", "--data", "digits", "--preset", "digits-uncond", "--outdir", str(folder), "--batch", "16"]
-    return ["-m", "sign_fast.cli", *words, "--duration", "0.0008", "--log", "1", "--snap", "5", *extra]
+    return ["-m", "sign_fast.cli", *words, "--duration", "0.0008", "--log-every", "1", "--snap-every", "5", *extra]
 
 
 def test_kill_dash_nine_and_again(tmp_path):
