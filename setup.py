@@ -106,8 +106,8 @@ class OptionalBuild(build_ext):
         try:
             command.run()
         except (Exception, SystemExit) as error:
-            text = str(error).strip().splitlines()
-            skip(f"compiling failed: {text[0] if text else type(error).__name__}")
+            # the message repeats the compiler's command line, whose errors stand above
+            skip(f"compiling failed: {str(error).strip()[:80] or type(error).__name__} …")
             self.extensions = []
             return
         write_note(torch=torch.__version__)

@@ -40,6 +40,18 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 
 _ORDER = ["plain", "compile", "sign_fast"]
+_BUNDLED = re.compile(r"(<!-- bundled -->\n).*?(<!-- /bundled -->)", re.S)
+
+
+def bundled() -> str:
+    """The table of bundled networks, from the facts that training and evaluation wrote beside them."""
+    from sign_fast.checkpoints.store import bundled_names, find, read_config
+
+    lines = ["| name | Fréchet distance | made by |", "|---|---:|---|"]
+    for name in bundled_names():
+        config = read_config(find(name))
+        lines.append(f"| `{name}` | {config['quality']['Fréchet distance']} | `{config['trained']['command']}` |")
+    return "\n".join(lines) + "\n"
 
 
 def rewritten(text: str, rows: list[dict[str, str]]) -> str:
@@ -56,7 +68,7 @@ def rewritten(text: str, rows: list[dict[str, str]]) -> str:
             raise ValueError(f"no ledger row for {match[2]}")
         return f"{match[1]}{markdown(chosen)}{match[3]}"
 
-    return _MARKED.sub(table, text)
+    return _BUNDLED.sub(lambda match: f"{match[1]}{bundled()}{match[2]}", _MARKED.sub(table, text))
 
 
 @click.command()

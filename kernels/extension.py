@@ -30,7 +30,10 @@ def _load() -> tuple[ModuleType | None, Reason | None]:
         return None, Reason("the C++ extension is switched off by SIGN_FAST_DISABLE_EXT=1", "unset it")
     import torch
 
-    built_with = _note().get("torch", torch.__version__)
+    note = _note()
+    if "skipped" in note:  # an extension that an earlier build left in the tree is not this one
+        return None, Reason(f"the C++ extension is not built: {note['skipped']}", _REBUILD)
+    built_with = note.get("torch", torch.__version__)
     if built_with.split("+")[0] != torch.__version__.split("+")[0]:
         return None, Reason(
             f"the C++ extension was built with torch {built_with}, this is {torch.__version__}", _REBUILD
@@ -39,8 +42,7 @@ def _load() -> tuple[ModuleType | None, Reason | None]:
         return importlib.import_module("sign_fast._C"), None
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "sign_fast._C":
-            why = _note().get("skipped", "no build has been run")
-            return None, Reason(f"the C++ extension is not built: {why}", _REBUILD)
+            return None, Reason("the C++ extension is not built: no build has been run", _REBUILD)
         return None, Reason(f"the C++ extension does not load: {error}", _REBUILD)
 
 
