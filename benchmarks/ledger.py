@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import io
+import os
 import platform
 import subprocess
 import sys
@@ -126,7 +127,13 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
         elif header.split(",") != COLUMNS:
             raise SignFastError(f"{path} has other columns than this program writes: name another file with --ledger")
         writer.writerows({name: row.get(name, "") for name in COLUMNS} for row in rows)
-        file.write(text.getvalue())
+        size = os.fstat(file.fileno()).st_size
+        try:
+            file.write(text.getvalue())
+            file.flush()
+        except OSError:
+            os.ftruncate(file.fileno(), size)  # whole rows or none
+            raise
 
 
 def read(path: Path) -> list[dict[str, str]]:

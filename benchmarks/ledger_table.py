@@ -1,7 +1,7 @@
 """Writes README's tables from the ledger, so that every figure there has a row; --check only compares.
 
 A table stands between `<!-- ledger preset=digits-uncond device_type=cpu -->` and `<!-- /ledger -->`; the words filter
-the rows, the newest run of each (batch, provider) is shown.
+the rows, the newest run of each batch size is shown.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import re
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a file: the tree it lies in comes first
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __package__ in (None, ""):  # run as a file; an installed sign_fast goes before the tree's
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import click
 
@@ -20,7 +20,10 @@ _MARKED = re.compile(r"(<!-- ledger ([^>]*?) ?-->\n).*?(<!-- /ledger -->)", re.S
 
 def markdown(rows: list[dict[str, str]]) -> str:
     """The table of these rows, and a line that says where they come from."""
-    newest = {(int(r["batch"]), r["provider"]): r for r in rows}  # later rows replace earlier ones
+    # of each batch size the newest run, and that one whole
+    runs = {r["batch"]: (r["date"], r["command"]) for r in rows}
+    rows = [r for r in rows if runs[r["batch"]] == (r["date"], r["command"])]
+    newest = {(int(r["batch"]), r["provider"]): r for r in rows}
     lines = ["| batch | provider | images/s | ms/image (p20, p80) | vs plain | first image | peak memory |"]
     lines.append("|---:|---|---:|---:|---:|---:|---:|")
     for (batch, provider), r in sorted(newest.items(), key=lambda item: (item[0][0], _ORDER.index(item[0][1]))):
@@ -58,16 +61,20 @@ def rewritten(text: str, rows: list[dict[str, str]]) -> str:
     """`text` with every marked table made anew.
 
     Raises:
-        ValueError: a filter that no row passes.
+        ValueError: a filter that no row passes or no column has, or a marker without its end.
     """
 
     def table(match: re.Match[str]) -> str:
         wanted = dict(word.split("=", 1) for word in match[2].split())
+        if unknown := [key for key in wanted if rows and key not in rows[0]]:
+            raise ValueError(f"the ledger has no column {unknown[0]}")
         chosen = [r for r in rows if all(r[key] == value for key, value in wanted.items())]
         if not chosen:
             raise ValueError(f"no ledger row for {match[2]}")
         return f"{match[1]}{markdown(chosen)}{match[3]}"
 
+    if text.count("<!-- ledger ") != len(_MARKED.findall(text)):
+        raise ValueError("a <!-- ledger … --> has no <!-- /ledger -->")
     return _BUNDLED.sub(lambda match: f"{match[1]}{bundled()}{match[2]}", _MARKED.sub(table, text))
 
 

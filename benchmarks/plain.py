@@ -1,8 +1,8 @@
 """The baseline: a network of the library evaluated with ordinary PyTorch operations, one by one, in NCHW.
 
 F.group_norm, F.silu, convolutions whose weights are cast at each call, depthwise resampling, einsum attention with a
-float32 softmax. Where there is a choice the faster form is taken: biases go into F.conv2d, additions stay in place
-where that is allowed. Nothing of `sign_fast.functional` is called; the topology is read off the given network.
+float32 softmax. Where there is a choice the faster form is taken: biases go into F.conv2d. Nothing
+of `sign_fast.functional` is called; the topology is read off the given network.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # run as a file: the tree it lies in comes first
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __package__ in (None, ""):  # run as a file; an installed sign_fast goes before the tree's
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import click
 
@@ -91,10 +91,13 @@ def throughput(
         "sampler": sampler,
         "dtype": dtype,
     }
-    with tempfile.TemporaryDirectory() as cache:
-        # a cache of its own: the first compilation is then a cold one, the later ones are not paid for twice
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-        rows = _measure(case, names, batches, budget, seed, skip_cold, cold_timeout, shared, quick)
+    rows: list[dict[str, Any]] = []
+    for number in batches:
+        with tempfile.TemporaryDirectory() as cache:
+            # a cache for each batch size: compiling in the fresh process is cold, and is not paid for twice
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+            fresh = not (skip_cold or (quick and number != batches[0]))
+            rows += _measure(case, names, number, budget, seed, fresh, cold_timeout, shared)
 
     from benchmarks.report import plot, table
 
@@ -114,50 +117,47 @@ def throughput(
 def _measure(
     case: Any,
     names: list[str],
-    batches: tuple[int, ...],
+    batch: int,
     budget: float,
     seed: int,
-    skip_cold: bool,
+    fresh: bool,
     cold_timeout: float,
     shared: dict[str, Any],
-    quick: bool,
 ) -> list[dict[str, Any]]:
     import dataclasses
 
     from benchmarks.measure import cold, interleaved, summary
     from benchmarks.providers import Provider, build_network, check, try_provider
 
+    cold_figures: dict[str, dict[str, float]] = {}
+    failed: dict[str, str] = {}
+    for name in names if fresh else []:
+        _say(f"batch {batch}: {name} in a fresh process")
+        try:
+            cold_figures[name] = cold(name, case, batch, cold_timeout)
+        except RuntimeError as error:
+            failed[name] = first_line(error)
     net = build_network(case)
     exact = Provider("plain", dataclasses.replace(case, dtype="float32"), net)
     plain = Provider("plain", case, net)
     rows: list[dict[str, Any]] = []
-    for batch in batches:
-        fresh: dict[str, dict[str, float]] = {}
-        failed: dict[str, str] = {}
-        # a fresh process each: in a hurry, those of the first batch size must do
-        for name in names if not (skip_cold or (quick and batch != batches[0])) else []:
-            _say(f"batch {batch}: {name} in a fresh process")
-            try:
-                fresh[name] = cold(name, case, batch, cold_timeout)
-            except RuntimeError as error:
-                failed[name] = first_line(error)
-        ready = []
-        # fresh seeds, not those of the timing: every output is compared on numbers that nothing was tuned on
-        seeds = [1_000_000 + seed + i for i in range(batch)]
-        for name in names:
-            _say(f"batch {batch}: warming up {name}")
-            provider, why = (None, failed[name]) if name in failed else try_provider(name, case, net, seeds)
-            if provider is None:
-                rows.append({"batch": batch, "provider": name, "skipped": why})
-                continue
-            if wrong := check(provider, plain, exact, seeds):
-                raise SignFastError(f"nothing is reported, an output is wrong: {wrong}")
-            ready.append(provider)
-        if not ready:
-            raise SignFastError(f"no provider runs here: {rows[-1]['skipped']}")
-        _say(f"batch {batch}: timing")
-        for name, figures in summary(interleaved(ready, batch, budget, seed), batch).items():
-            rows.append({**shared, "batch": batch, "provider": name, **figures, **fresh.get(name, {})})
+    ready = []
+    # other seeds than those of the timing: the comparison is on numbers that nothing was tuned on
+    seeds = [1_000_000 + seed + i for i in range(batch)]
+    for name in names:
+        _say(f"batch {batch}: warming up {name}")
+        provider, why = (None, failed[name]) if name in failed else try_provider(name, case, net, seeds)
+        if provider is None:
+            rows.append({"batch": batch, "provider": name, "skipped": why})
+            continue
+        if wrong := check(provider, plain, exact, seeds):
+            raise SignFastError(f"nothing is reported, an output is wrong: {wrong}")
+        ready.append(provider)
+    if not ready:
+        raise SignFastError(f"no provider runs here: {rows[-1]['skipped']}")
+    _say(f"batch {batch}: timing")
+    for name, figures in summary(interleaved(ready, batch, budget, seed), batch).items():
+        rows.append({**shared, "batch": batch, "provider": name, **figures, **cold_figures.get(name, {})})
     return rows
 
 

@@ -22,5 +22,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return reference.attention(q, k, v)
     if not torch.compiler.is_compiling():
         taken["attention", "sdpa"] += 1
+    if q.stride(-1) != 1:  # the fused kernels read rows; a copy costs less than the unfused path
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     # a heads axis of one: without it PyTorch picks the unfused path, which forms the T×T matrix
     return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]

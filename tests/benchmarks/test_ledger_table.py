@@ -24,12 +24,26 @@ def test_readme_is_current():
 
 
 def test_newest_row_of_each_provider_is_shown():
-    rows = [row(images_per_second="5"), row(preset="q", images_per_second="9"), row(images_per_second="7.25")]
+    new = {"date": "2026-02-01T00:00:00Z"}
+    rows = [
+        row(images_per_second="5"),
+        row(provider="sign_fast", images_per_second="6"),  # of the older run: not beside the newer one's plain
+        row(preset="q", images_per_second="9"),
+        row(images_per_second="7.25", **new),
+    ]
     text = rewritten("a\n<!-- ledger preset=p -->\nold\n<!-- /ledger -->\nb\n", rows)
-    assert "| 7.2 |" in text and "old" not in text and "| 5.0 |" not in text and "| 9.0 |" not in text
+    assert "| 7.2 |" in text
+    assert not [old for old in ("old", "| 5.0 |", "| 6.0 |", "| 9.0 |") if old in text]
     assert text.startswith("a\n<!-- ledger preset=p -->\n| batch") and text.endswith("<!-- /ledger -->\nb\n")
 
 
 def test_a_table_without_rows_is_an_error():
     with pytest.raises(ValueError, match="no ledger row for preset=zz"):
         rewritten("<!-- ledger preset=zz -->\n<!-- /ledger -->", [row()])
+
+
+def test_unknown_columns_and_open_markers_are_errors():
+    with pytest.raises(ValueError, match="no column colour"):
+        rewritten("<!-- ledger colour=red -->\n<!-- /ledger -->", [row()])
+    with pytest.raises(ValueError, match="has no <!-- /ledger -->"):
+        rewritten("<!-- ledger preset=p -->\n", [row()])
