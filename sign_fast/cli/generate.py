@@ -11,7 +11,6 @@ from ..errors import SignFastError
 from .processes import device_for, process_group, this_process
 
 _GRID_LIMIT = 1024
-_TEACHER_OPTIONS = ["sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise"]
 _ABLATION_OPTIONS = ["solver", "discretization", "schedule", "scaling"]
 
 
