@@ -22,9 +22,10 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 NOTE = "kernels/extension_build.json"
-SOURCES = ["csrc/extension.cpp"]
-KERNEL = "csrc/group_norm_silu_kernel.cpp"
-HEADERS = ["csrc/group_norm_silu.h"]
+# csrc/*_kernel.cpp are compiled once a CPU capability, the other files once
+KERNELS = sorted(str(f.relative_to(ROOT)) for f in ROOT.glob("csrc/*_kernel.cpp"))
+SOURCES = sorted({str(f.relative_to(ROOT)) for f in ROOT.glob("csrc/*.cpp")} - set(KERNELS))
+HEADERS = sorted(str(f.relative_to(ROOT)) for f in ROOT.glob("csrc/*.h"))
 CAPABILITIES = {
     "DEFAULT": [],
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
@@ -114,21 +115,20 @@ class OptionalBuild(build_ext):
 
 
 def compile_kernels(compiler: Any, folder: str) -> list[str]:
-    """One object of the kernel file a CPU capability, in parallel; up-to-date ones are kept."""
+    """One object of each kernel file a CPU capability, in parallel; up-to-date ones are kept."""
     import torch
     from torch.utils.cpp_extension import include_paths
 
-    newest = max(os.path.getmtime(ROOT / name) for name in [KERNEL, *HEADERS, "setup.py"])
-    newest = max(newest, os.path.getmtime(torch.__file__))
-
-    def compile_one(name: str) -> str:
+    def compile_one(job: tuple[str, str]) -> str:
+        source, name = job
         target = Path(folder, name.lower())
-        built = target / KERNEL.replace(".cpp", ".o")
-        if not built.exists() or built.stat().st_mtime < newest:
-            entry = f"group_norm_silu_{name.lower()}"
-            macros = [("CPU_CAPABILITY", name), (f"CPU_CAPABILITY_{name}", None), ("SIGN_FAST_KERNEL", entry)]
+        built = target / source.replace(".cpp", ".o")
+        needs = [source, source.replace("_kernel.cpp", ".h"), "csrc/capability.h", "setup.py"]
+        newest = max(os.path.getmtime(ROOT / file) for file in needs if (ROOT / file).exists())
+        if not built.exists() or built.stat().st_mtime < max(newest, os.path.getmtime(torch.__file__)):
+            macros = [("CPU_CAPABILITY", name), (f"CPU_CAPABILITY_{name}", None), ("SIGN_FAST_CAPABILITY", name)]
             compiler.compile(
-                [KERNEL],
+                [source],
                 output_dir=str(target),
                 macros=macros,
                 include_dirs=include_paths(),
@@ -138,7 +138,7 @@ def compile_kernels(compiler: Any, folder: str) -> list[str]:
 
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(compile_one, CAPABILITIES))
+        return list(pool.map(compile_one, [(source, name) for source in KERNELS for name in CAPABILITIES]))
 
 
 class BuildPy(build_py):
@@ -155,7 +155,7 @@ def extension() -> Extension:
         from torch.utils.cpp_extension import CppExtension
     except ImportError:
         return Extension("sign_fast._C", SOURCES)  # never compiled: cannot_build() says why
-    built: Extension = CppExtension("sign_fast._C", SOURCES, depends=[KERNEL, *HEADERS], extra_compile_args=FLAGS)
+    built: Extension = CppExtension("sign_fast._C", SOURCES, depends=[*KERNELS, *HEADERS], extra_compile_args=FLAGS)
     return built
 
 

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <numeric>
 
+#include "capability.h"
+
 namespace sign_fast {
 
 enum class Dtype { Float, BFloat16, Half };
@@ -52,10 +54,7 @@ inline Plan make_plan(const GroupNormArgs& a) {
   return {a.batch * bundles, bundles, bundle, bundle * group_channels * a.pixels, 4 * widest};
 }
 
-using Kernel = void (*)(const GroupNormArgs&, const Plan&, int64_t begin, int64_t end, double* work);
-
-void group_norm_silu_default(const GroupNormArgs&, const Plan&, int64_t begin, int64_t end, double* work);
-void group_norm_silu_avx2(const GroupNormArgs&, const Plan&, int64_t begin, int64_t end, double* work);
-void group_norm_silu_avx512(const GroupNormArgs&, const Plan&, int64_t begin, int64_t end, double* work);
+SIGN_FAST_DECLARE_KERNEL(group_norm_silu, void, const GroupNormArgs&, const Plan&, int64_t begin, int64_t end,
+                         double* work)
 
 }  // namespace sign_fast

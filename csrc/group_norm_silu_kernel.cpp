@@ -1,6 +1,4 @@
-// Compiled once a CPU capability: setup.py gives each object its instruction set, CPU_CAPABILITY and SIGN_FAST_KERNEL.
-// Everything here has internal linkage or is inlined: a function shared with another object could be linked from here
-// and run on a CPU without these instructions.
+// GroupNorm–SiLU over raw pointers, compiled once a CPU capability: see capability.h.
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
@@ -392,7 +390,7 @@ void run(const GroupNormArgs& a, const Plan& plan, int64_t begin, int64_t end, d
 
 }  // namespace
 
-void SIGN_FAST_KERNEL(const GroupNormArgs& a, const Plan& plan, int64_t begin, int64_t end, double* work) {
+void SIGN_FAST_ENTRY(group_norm_silu)(const GroupNormArgs& a, const Plan& plan, int64_t begin, int64_t end, double* work) {
   switch (a.dtype) {
     case Dtype::Float:
       return run<float>(a, plan, begin, end, work);

@@ -1,0 +1,8 @@
+"""The Triton kernels themselves: on a GPU, or interpreted on the CPU by `TRITON_INTERPRET=1 pytest tests/kernels_triton`."""
+
+from __future__ import annotations
+
+import oracle
+
+if not oracle.RUNS_TRITON:
+    collect_ignore_glob = ["*"]
