@@ -1,4 +1,4 @@
-"""The Triton kernels themselves: on a GPU, or interpreted on the CPU (TRITON_INTERPRET=1 pytest tests/kernels_triton)."""
+"""The Triton kernels themselves: on a GPU, or interpreted: TRITON_INTERPRET=1 pytest tests/kernels_triton."""
 
 from __future__ import annotations
 
