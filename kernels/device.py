@@ -54,7 +54,8 @@ def interpreting() -> bool:
 @lru_cache
 def _cuda_device(index: int) -> Device:
     p = torch.cuda.get_device_properties(index)
-    return Device(p.name, (p.major, p.minor), p.multi_processor_count, p.L2_cache_size, p.shared_memory_per_block_optin)
+    shared = p.shared_memory_per_multiprocessor - 1024  # the driver keeps 1 KB of each program's
+    return Device(p.name, (p.major, p.minor), p.multi_processor_count, p.L2_cache_size, shared)
 
 
 def device_of(x: Tensor) -> Device:
