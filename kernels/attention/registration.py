@@ -1,4 +1,7 @@
-"""The torch.ops of attention: schemas, shapes, Triton on CUDA, PyTorch's fused attention on the CPU."""
+"""The torch.ops of attention: schemas, shapes, Triton on CUDA, PyTorch's fused attention on the CPU.
+
+logsumexp is what the backward of the same device reads: of base 2 on a GPU, natural on the CPU.
+"""
 
 from __future__ import annotations
 
