@@ -1,0 +1,334 @@
+// GroupNorm–SiLU's gradients over raw pointers, compiled once a CPU capability: see capability.h.
+//
+// v = xhat·gain + offset is the SiLU's argument, dv = dy·silu'(v). One pass over x and dy sums dv and dv·d, d = x − mean;
+// the second, with an item still in the cache, works dv out again: that costs less than keeping it.
+#include "group_norm_silu_backward.h"
+
+#include "group_norm_silu_vec.h"
+
+namespace sign_fast {
+namespace {
+
+// A panel of pixels × channels, or in NCHW a channel as rows of one vector; strides lead from row to row.
+template <typename T>
+struct Panel {
+  const T* x;
+  const T* dy;
+  const T* stream;  // or null
+  T* dx;
+  int64_t rows, width, x_stride, stride;  // x and dx step by x_stride
+};
+
+// One float each a column; dx = dv·factor − (base + d·slope) before stream and skip_scale.
+struct Columns {
+  float *centre, *rest, *factor, *offset, *base, *slope;
+
+  static Columns over(float* p, int64_t width) {
+    return {p, p + width, p + 2 * width, p + 3 * width, p + 4 * width, p + 5 * width};
+  }
+
+  Columns from(int64_t c) const { return {centre + c, rest + c, factor + c, offset + c, base + c, slope + c}; }
+
+  void set(int64_t c, const Coefficients& k) const {
+    centre[c] = k.centre, rest[c] = k.rest, factor[c] = k.factor, offset[c] = k.offset;
+  }
+};
+
+template <bool SILU>
+inline Vec dv_of(Vec dy, Vec d, Vec factor, Vec offset) {
+  if constexpr (!SILU) return dy;
+  const Vec v = at::vec::fmadd(d, factor, offset), s = sigmoid(v);
+  return dy * (s * at::vec::fmadd(v, Vec(1.f) - s, Vec(1.f)));
+}
+
+// lanes → doubles; packs may overlap: only the first one adds to a column that two of them hold
+template <typename T>
+inline void add_lanes(const Pack<T>& t, double* to, int64_t from, int64_t count) {
+  float lanes[N<T>];
+  for (int64_t k = 0; k < VECS<T>; ++k) t.v[k].store(lanes + k * V);
+  for (int64_t c = from; c < count; ++c) to[c] += lanes[c];
+}
+
+template <typename T, int64_t PACKS>
+inline int64_t overlap(const int64_t* at, int64_t u) {
+  return u > 0 ? at[u - 1] + N<T> - at[u] : 0;
+}
+
+// s1 = Σdv, s2 = Σdv·d of the columns of PACKS packs that start at `at`; count < N only where the width is.
+template <typename T, bool SILU, int64_t PACKS>
+void gradient_sums(const Panel<T>& panel, const int64_t* at, int64_t count, const Columns& w, double* s1, double* s2) {
+  Pack<T> centre[PACKS], rest[PACKS], factor[PACKS], offset[PACKS], t1[PACKS], t2[PACKS];
+  for (int64_t u = 0; u < PACKS; ++u) {
+    centre[u] = load_floats<T>(w.centre + at[u], count), rest[u] = load_floats<T>(w.rest + at[u], count);
+    factor[u] = load_floats<T>(w.factor + at[u], count), offset[u] = load_floats<T>(w.offset + at[u], count);
+  }
+  for (int64_t u = 0; u < PACKS; ++u)
+    for (int64_t c = 0; c < count; ++c) s1[at[u] + c] = s2[at[u] + c] = 0;
+  const T *x = panel.x, *dy = panel.dy;
+  for (int64_t from = 0; from < panel.rows; from += RUN) {
+    for (int64_t u = 0; u < PACKS; ++u) t1[u] = t2[u] = spread<T>(0.f);
+    const int64_t to = std::min(from + RUN, panel.rows);
+    for (int64_t p = from; p < to; ++p, x += panel.x_stride, dy += panel.stride)
+      for (int64_t u = 0; u < PACKS; ++u) {
+        const Pack<T> a = load_pack(x + at[u], count), g = load_pack(dy + at[u], count);
+        for (int64_t k = 0; k < VECS<T>; ++k) {
+          const Vec d = (a.v[k] - centre[u].v[k]) - rest[u].v[k];
+          const Vec dv = dv_of<SILU>(g.v[k], d, factor[u].v[k], offset[u].v[k]);
+          t1[u].v[k] = t1[u].v[k] + dv;
+          t2[u].v[k] = at::vec::fmadd(dv, d, t2[u].v[k]);
+        }
+      }
+    for (int64_t u = 0; u < PACKS; ++u) {
+      const int64_t skip = overlap<T, PACKS>(at, u);
+      add_lanes<T>(t1[u], s1 + at[u], skip, count);
+      add_lanes<T>(t2[u], s2 + at[u], skip, count);
+    }
+  }
+}
+
+// Writes dx, and its sums to s3 unless that is null.
+template <typename T, bool SILU, int64_t PACKS>
+void input_gradient(const Panel<T>& panel, const int64_t* at, int64_t count, const Columns& w, float skip_scale,
+                    double* s3) {
+  Pack<T> centre[PACKS], rest[PACKS], factor[PACKS], offset[PACKS], base[PACKS], slope[PACKS], t3[PACKS];
+  for (int64_t u = 0; u < PACKS; ++u) {
+    centre[u] = load_floats<T>(w.centre + at[u], count), rest[u] = load_floats<T>(w.rest + at[u], count);
+    factor[u] = load_floats<T>(w.factor + at[u], count), offset[u] = load_floats<T>(w.offset + at[u], count);
+    base[u] = load_floats<T>(w.base + at[u], count), slope[u] = load_floats<T>(w.slope + at[u], count);
+  }
+  for (int64_t u = 0; s3 && u < PACKS; ++u) std::fill_n(s3 + at[u], count, 0.0);
+  const T *x = panel.x, *dy = panel.dy, *stream = panel.stream;
+  T* dx = panel.dx;
+  for (int64_t from = 0; from < panel.rows; from += RUN) {
+    for (int64_t u = 0; u < PACKS; ++u) t3[u] = spread<T>(0.f);
+    const int64_t to = std::min(from + RUN, panel.rows);
+    for (int64_t p = from; p < to; ++p, x += panel.x_stride, dx += panel.x_stride, dy += panel.stride) {
+      for (int64_t u = 0; u < PACKS; ++u) {
+        const Pack<T> a = load_pack(x + at[u], count), g = load_pack(dy + at[u], count);
+        Pack<T> out;
+        for (int64_t k = 0; k < VECS<T>; ++k) {
+          const Vec d = (a.v[k] - centre[u].v[k]) - rest[u].v[k];
+          const Vec dv = dv_of<SILU>(g.v[k], d, factor[u].v[k], offset[u].v[k]);
+          out.v[k] = at::vec::fmsub(dv, factor[u].v[k], at::vec::fmadd(d, slope[u].v[k], base[u].v[k]));
+        }
+        if (stream) {
+          const Pack<T> more = load_pack(stream + at[u], count);
+          for (int64_t k = 0; k < VECS<T>; ++k) out.v[k] = out.v[k] + more.v[k];
+        }
+        for (int64_t k = 0; k < VECS<T>; ++k) {
+          out.v[k] = out.v[k] * Vec(skip_scale);
+          t3[u].v[k] = t3[u].v[k] + out.v[k];
+        }
+        store_pack(dx + at[u], out, count);
+      }
+      if (stream) stream += panel.stride;
+    }
+    if (s3)
+      for (int64_t u = 0; u < PACKS; ++u) add_lanes<T>(t3[u], s3 + at[u], overlap<T, PACKS>(at, u), count);
+  }
+}
+
+// both passes walk a panel by as many packs as `at` has room for, then by single ones
+template <typename T, int64_t PACKS, typename Many, typename One>
+inline void walk(int64_t width, Many many, One one) {
+  const int64_t packs = (width + N<T> - 1) / N<T>, count = std::min(N<T>, width);
+  int64_t u = 0;
+  for (; u + PACKS <= packs; u += PACKS) {
+    int64_t at[PACKS];
+    for (int64_t i = 0; i < PACKS; ++i) at[i] = pack_at<T>(u + i, width);
+    many(at, count);
+  }
+  for (; u < packs; ++u) {
+    const int64_t at = pack_at<T>(u, width);
+    one(&at, count);
+  }
+}
+
+template <typename T, bool SILU>
+void all_gradient_sums(const Panel<T>& panel, const Columns& w, double* s1, double* s2) {
+  constexpr int64_t PACKS = 2;
+  walk<T, PACKS>(
+      panel.width,
+      [&](const int64_t* at, int64_t count) { gradient_sums<T, SILU, PACKS>(panel, at, count, w, s1, s2); },
+      [&](const int64_t* at, int64_t count) { gradient_sums<T, SILU, 1>(panel, at, count, w, s1, s2); });
+}
+
+template <typename T, bool SILU>
+void all_input_gradients(const Panel<T>& panel, const Columns& w, float skip_scale, double* s3) {
+  constexpr int64_t PACKS = 2;
+  walk<T, PACKS>(
+      panel.width,
+      [&](const int64_t* at, int64_t count) { input_gradient<T, SILU, PACKS>(panel, at, count, w, skip_scale, s3); },
+      [&](const int64_t* at, int64_t count) { input_gradient<T, SILU, 1>(panel, at, count, w, skip_scale, s3); });
+}
+
+struct Statistics {
+  double mean, rstd;
+};
+
+inline Statistics statistics(const GroupNormBackwardArgs& a, int64_t b, int64_t group) {
+  const float* s = a.stats + 3 * (b * a.groups + group);
+  return {static_cast<double>(s[0]) + s[1], s[2]};
+}
+
+template <typename T>
+inline Panel<T> panel_of(const GroupNormBackwardArgs& a, const Run& run, int64_t base) {
+  return {static_cast<const T*>(run.second ? a.x2 : a.x) + run.offset,
+          static_cast<const T*>(a.dy) + base,
+          a.stream ? static_cast<const T*>(a.stream) + base : nullptr,
+          static_cast<T*>(run.second ? a.dx2 : a.dx) + run.offset,
+          a.pixels,
+          run.width,
+          run.stride,
+          a.channels};
+}
+
+// sums over a group of dv·gain and dv·gain·xhat, as means → what is taken off dv·gain·rstd: base + d·slope
+struct Projection {
+  double dv = 0, dv_d = 0;
+
+  void add(float factor, double s1, double s2) { dv += factor * s1, dv_d += factor * s2; }
+  float base(double count) const { return static_cast<float>(dv / count); }
+  float slope(double count, double rstd) const { return static_cast<float>(dv_d / count * rstd * rstd); }
+};
+
+inline void write_sums(const GroupNormBackwardArgs& a, int64_t plane, int64_t b, int64_t first, int64_t width,
+                       const double* from, double factor = 1) {
+  float* to = a.sums + (plane * a.batch + b) * a.channels + first;
+  for (int64_t c = 0; c < width; ++c) to[c] = from ? static_cast<float>(from[c] * factor) : 0.f;
+}
+
+template <typename T, bool SILU>
+void channels_last_item(const GroupNormBackwardArgs& a, int64_t b, int64_t first_group, int64_t groups, double* work) {
+  const int64_t group_channels = a.channels / a.groups, first = first_group * group_channels;
+  const int64_t width = groups * group_channels, base = b * a.channels * a.pixels + first;
+  double *s1 = work, *s2 = work + width;
+  const Columns w = Columns::over(reinterpret_cast<float*>(s2 + width), width);
+  for (int64_t g = 0; g < groups; ++g) {
+    const Statistics m = statistics(a, b, first_group + g);
+    for (int64_t c = g * group_channels; c < (g + 1) * group_channels; ++c)
+      w.set(c, coefficients(a, b, first + c, m.mean, m.rstd));
+  }
+  const Runs runs = runs_of(a, b, first, width);
+  for (const Run& run : runs) {
+    const int64_t c = run.start;
+    all_gradient_sums<T, SILU>(panel_of<T>(a, run, base + c), w.from(c), s1 + c, s2 + c);
+  }
+
+  const double count = static_cast<double>(group_channels * a.pixels);
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t c0 = g * group_channels;
+    const double rstd = statistics(a, b, first_group + g).rstd;
+    Projection total;
+    for (int64_t c = c0; c < c0 + group_channels; ++c) total.add(w.factor[c], s1[c], s2[c]);
+    std::fill_n(w.base + c0, group_channels, total.base(count));
+    std::fill_n(w.slope + c0, group_channels, total.slope(count, rstd));
+    write_sums(a, 0, b, first + c0, group_channels, s1 + c0);
+    write_sums(a, 1, b, first + c0, group_channels, s2 + c0, rstd);
+  }
+
+  for (const Run& run : runs) {
+    const int64_t c = run.start;
+    all_input_gradients<T, SILU>(panel_of<T>(a, run, base + c), w.from(c), a.skip_scale,
+                                 a.input_sum ? s1 + c : nullptr);
+  }
+  write_sums(a, 2, b, first, width, a.input_sum ? s1 : nullptr);
+}
+
+// A channel as rows of one vector, and a narrower row of what is left; call(panel) for each.
+template <typename T, typename Call>
+inline void rows_of(Panel<T> panel, int64_t pixels, Call call) {
+  const int64_t whole = pixels / N<T>, left = pixels % N<T>;
+  panel.x_stride = panel.stride = panel.width = N<T>;
+  panel.rows = whole;
+  if (whole) call(panel);
+  const int64_t done = whole * N<T>;
+  panel.x += done, panel.dy += done, panel.dx += done;
+  if (panel.stream) panel.stream += done;
+  panel.width = left, panel.rows = 1;
+  if (left) call(panel);
+}
+
+template <typename T, bool SILU>
+void contiguous_item(const GroupNormBackwardArgs& a, int64_t b, int64_t group) {
+  const int64_t channels = a.channels / a.groups, first = group * channels, n = a.pixels;
+  const Runs runs = runs_of(a, b, first, channels);
+  const Statistics m = statistics(a, b, group);
+  float parameters[6 * N<T>];
+  double lanes1[N<T>], lanes2[N<T>];
+  const Columns w = Columns::over(parameters, N<T>);
+  const auto each = [&](auto call) {
+    for (const Run& run : runs)
+      for (int64_t c = 0; c < run.width; ++c) {
+        const int64_t channel = run.start + c;
+        Panel<T> panel = panel_of<T>(a, run, ((b * a.channels + first) + channel) * n);
+        panel.x += c * n, panel.dx += c * n;
+        const Coefficients k = coefficients(a, b, first + channel, m.mean, m.rstd);
+        for (int64_t i = 0; i < N<T>; ++i) w.set(i, k);
+        call(panel, first + channel, k);
+      }
+  };
+  const auto total = [](const double* lanes, int64_t count) {
+    double sum = 0;
+    for (int64_t i = 0; i < count; ++i) sum += lanes[i];
+    return sum;
+  };
+
+  Projection taken;
+  each([&](const Panel<T>& channel, int64_t c, const Coefficients& k) {
+    double s1 = 0, s2 = 0;
+    rows_of(channel, n, [&](const Panel<T>& rows) {
+      all_gradient_sums<T, SILU>(rows, w, lanes1, lanes2);
+      s1 += total(lanes1, rows.width), s2 += total(lanes2, rows.width);
+    });
+    taken.add(k.factor, s1, s2);
+    write_sums(a, 0, b, c, 1, &s1);
+    write_sums(a, 1, b, c, 1, &s2, m.rstd);
+  });
+
+  const double count = static_cast<double>(channels * n);
+  std::fill_n(w.base, N<T>, taken.base(count));
+  std::fill_n(w.slope, N<T>, taken.slope(count, m.rstd));
+  each([&](const Panel<T>& channel, int64_t c, const Coefficients&) {
+    double s3 = 0;
+    rows_of(channel, n, [&](const Panel<T>& rows) {
+      all_input_gradients<T, SILU>(rows, w, a.skip_scale, a.input_sum ? lanes1 : nullptr);
+      if (a.input_sum) s3 += total(lanes1, rows.width);
+    });
+    write_sums(a, 2, b, c, 1, &s3);
+  });
+}
+
+template <typename T, bool SILU>
+void run(const GroupNormBackwardArgs& a, const Plan& plan, int64_t begin, int64_t end, double* work) {
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t b = item / plan.bundles, bundle = item % plan.bundles, first = bundle * plan.bundle_groups;
+    if (a.channels_last) {
+      const int64_t groups = bundle + 1 == plan.bundles ? a.groups - first : plan.bundle_groups;
+      channels_last_item<T, SILU>(a, b, first, groups, work);
+    } else {
+      contiguous_item<T, SILU>(a, b, first);
+    }
+  }
+}
+
+template <typename T>
+void run(const GroupNormBackwardArgs& a, const Plan& plan, int64_t begin, int64_t end, double* work) {
+  return a.silu ? run<T, true>(a, plan, begin, end, work) : run<T, false>(a, plan, begin, end, work);
+}
+
+}  // namespace
+
+void SIGN_FAST_ENTRY(group_norm_silu_backward)(const GroupNormBackwardArgs& a, const Plan& plan, int64_t begin,
+                                               int64_t end, double* work) {
+  switch (a.dtype) {
+    case Dtype::Float:
+      return run<float>(a, plan, begin, end, work);
+    case Dtype::BFloat16:
+      return run<c10::BFloat16>(a, plan, begin, end, work);
+    case Dtype::Half:
+      return run<c10::Half>(a, plan, begin, end, work);
+  }
+}
+
+}  // namespace sign_fast
