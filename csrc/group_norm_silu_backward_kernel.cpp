@@ -1,7 +1,7 @@
 // GroupNorm–SiLU's gradients over raw pointers, compiled once a CPU capability: see capability.h.
 //
-// v = xhat·gain + offset is the SiLU's argument, dv = dy·silu'(v). One pass over x and dy sums dv and dv·d, d = x − mean;
-// the second, with an item still in the cache, works dv out again: that costs less than keeping it.
+// v = xhat·gain + offset is the SiLU's argument, dv = dy·silu'(v), d = x − mean. One pass over x and dy sums dv, dv·d and
+// d; the second, with an item still in the cache, works dv out again: that costs less than keeping it.
 #include "group_norm_silu_backward.h"
 
 #include "group_norm_silu_vec.h"
@@ -41,6 +41,21 @@ inline Vec dv_of(Vec dy, Vec d, Vec factor, Vec offset) {
   return dy * (s * at::vec::fmadd(v, Vec(1.f) - s, Vec(1.f)));
 }
 
+// a·b rounded, which the compiler may not fuse with what follows: a single value's gradient is exactly zero
+inline Vec rounded_product(Vec a, Vec b) {
+  Vec product = a * b;
+#if defined(CPU_CAPABILITY_AVX512)
+  __m512 held = product;
+  asm("" : "+v"(held));
+  product = held;
+#elif defined(CPU_CAPABILITY_AVX2)
+  __m256 held = product;
+  asm("" : "+x"(held));
+  product = held;
+#endif
+  return product;
+}
+
 // lanes → doubles; packs may overlap: only the first one adds to a column that two of them hold
 template <typename T>
 inline void add_lanes(const Pack<T>& t, double* to, int64_t from, int64_t count) {
@@ -54,19 +69,20 @@ inline int64_t overlap(const int64_t* at, int64_t u) {
   return u > 0 ? at[u - 1] + N<T> - at[u] : 0;
 }
 
-// s1 = Σdv, s2 = Σdv·d of the columns of PACKS packs that start at `at`; count < N only where the width is.
+// s1 = Σdv, s2 = Σdv·d, s3 = Σd of the columns of PACKS packs that start at `at`; count < N only where the width is.
 template <typename T, bool SILU, int64_t PACKS>
-void gradient_sums(const Panel<T>& panel, const int64_t* at, int64_t count, const Columns& w, double* s1, double* s2) {
-  Pack<T> centre[PACKS], rest[PACKS], factor[PACKS], offset[PACKS], t1[PACKS], t2[PACKS];
+void gradient_sums(const Panel<T>& panel, const int64_t* at, int64_t count, const Columns& w, double* s1, double* s2,
+                   double* s3) {
+  Pack<T> centre[PACKS], rest[PACKS], factor[PACKS], offset[PACKS], t1[PACKS], t2[PACKS], t3[PACKS];
   for (int64_t u = 0; u < PACKS; ++u) {
     centre[u] = load_floats<T>(w.centre + at[u], count), rest[u] = load_floats<T>(w.rest + at[u], count);
     factor[u] = load_floats<T>(w.factor + at[u], count), offset[u] = load_floats<T>(w.offset + at[u], count);
   }
   for (int64_t u = 0; u < PACKS; ++u)
-    for (int64_t c = 0; c < count; ++c) s1[at[u] + c] = s2[at[u] + c] = 0;
+    for (int64_t c = at[u]; c < at[u] + count; ++c) s1[c] = s2[c] = s3[c] = 0;
   const T *x = panel.x, *dy = panel.dy;
   for (int64_t from = 0; from < panel.rows; from += RUN) {
-    for (int64_t u = 0; u < PACKS; ++u) t1[u] = t2[u] = spread<T>(0.f);
+    for (int64_t u = 0; u < PACKS; ++u) t1[u] = t2[u] = t3[u] = spread<T>(0.f);
     const int64_t to = std::min(from + RUN, panel.rows);
     for (int64_t p = from; p < to; ++p, x += panel.x_stride, dy += panel.stride)
       for (int64_t u = 0; u < PACKS; ++u) {
@@ -76,31 +92,33 @@ void gradient_sums(const Panel<T>& panel, const int64_t* at, int64_t count, cons
           const Vec dv = dv_of<SILU>(g.v[k], d, factor[u].v[k], offset[u].v[k]);
           t1[u].v[k] = t1[u].v[k] + dv;
           t2[u].v[k] = at::vec::fmadd(dv, d, t2[u].v[k]);
+          t3[u].v[k] = t3[u].v[k] + d;
         }
       }
     for (int64_t u = 0; u < PACKS; ++u) {
       const int64_t skip = overlap<T, PACKS>(at, u);
       add_lanes<T>(t1[u], s1 + at[u], skip, count);
       add_lanes<T>(t2[u], s2 + at[u], skip, count);
+      add_lanes<T>(t3[u], s3 + at[u], skip, count);
     }
   }
 }
 
-// Writes dx, and its sums to s3 unless that is null.
+// Writes dx; streamed = Σstream unless that is null.
 template <typename T, bool SILU, int64_t PACKS>
 void input_gradient(const Panel<T>& panel, const int64_t* at, int64_t count, const Columns& w, float skip_scale,
-                    double* s3) {
-  Pack<T> centre[PACKS], rest[PACKS], factor[PACKS], offset[PACKS], base[PACKS], slope[PACKS], t3[PACKS];
+                    double* streamed) {
+  Pack<T> centre[PACKS], rest[PACKS], factor[PACKS], offset[PACKS], base[PACKS], slope[PACKS], total[PACKS];
   for (int64_t u = 0; u < PACKS; ++u) {
     centre[u] = load_floats<T>(w.centre + at[u], count), rest[u] = load_floats<T>(w.rest + at[u], count);
     factor[u] = load_floats<T>(w.factor + at[u], count), offset[u] = load_floats<T>(w.offset + at[u], count);
     base[u] = load_floats<T>(w.base + at[u], count), slope[u] = load_floats<T>(w.slope + at[u], count);
+    if (streamed) std::fill_n(streamed + at[u], count, 0.0);
   }
-  for (int64_t u = 0; s3 && u < PACKS; ++u) std::fill_n(s3 + at[u], count, 0.0);
   const T *x = panel.x, *dy = panel.dy, *stream = panel.stream;
   T* dx = panel.dx;
   for (int64_t from = 0; from < panel.rows; from += RUN) {
-    for (int64_t u = 0; u < PACKS; ++u) t3[u] = spread<T>(0.f);
+    for (int64_t u = 0; u < PACKS; ++u) total[u] = spread<T>(0.f);
     const int64_t to = std::min(from + RUN, panel.rows);
     for (int64_t p = from; p < to; ++p, x += panel.x_stride, dx += panel.x_stride, dy += panel.stride) {
       for (int64_t u = 0; u < PACKS; ++u) {
@@ -109,22 +127,22 @@ void input_gradient(const Panel<T>& panel, const int64_t* at, int64_t count, con
         for (int64_t k = 0; k < VECS<T>; ++k) {
           const Vec d = (a.v[k] - centre[u].v[k]) - rest[u].v[k];
           const Vec dv = dv_of<SILU>(g.v[k], d, factor[u].v[k], offset[u].v[k]);
-          out.v[k] = at::vec::fmsub(dv, factor[u].v[k], at::vec::fmadd(d, slope[u].v[k], base[u].v[k]));
+          out.v[k] = rounded_product(dv, factor[u].v[k]) - at::vec::fmadd(d, slope[u].v[k], base[u].v[k]);
         }
         if (stream) {
           const Pack<T> more = load_pack(stream + at[u], count);
-          for (int64_t k = 0; k < VECS<T>; ++k) out.v[k] = out.v[k] + more.v[k];
+          for (int64_t k = 0; k < VECS<T>; ++k) {
+            out.v[k] = out.v[k] + more.v[k];
+            total[u].v[k] = total[u].v[k] + more.v[k];
+          }
         }
-        for (int64_t k = 0; k < VECS<T>; ++k) {
-          out.v[k] = out.v[k] * Vec(skip_scale);
-          t3[u].v[k] = t3[u].v[k] + out.v[k];
-        }
+        for (int64_t k = 0; k < VECS<T>; ++k) out.v[k] = out.v[k] * Vec(skip_scale);
         store_pack(dx + at[u], out, count);
       }
       if (stream) stream += panel.stride;
     }
-    if (s3)
-      for (int64_t u = 0; u < PACKS; ++u) add_lanes<T>(t3[u], s3 + at[u], overlap<T, PACKS>(at, u), count);
+    if (streamed)
+      for (int64_t u = 0; u < PACKS; ++u) add_lanes<T>(total[u], streamed + at[u], overlap<T, PACKS>(at, u), count);
   }
 }
 
@@ -145,21 +163,21 @@ inline void walk(int64_t width, Many many, One one) {
 }
 
 template <typename T, bool SILU>
-void all_gradient_sums(const Panel<T>& panel, const Columns& w, double* s1, double* s2) {
+void all_gradient_sums(const Panel<T>& panel, const Columns& w, double* s1, double* s2, double* s3) {
   constexpr int64_t PACKS = 2;
   walk<T, PACKS>(
       panel.width,
-      [&](const int64_t* at, int64_t count) { gradient_sums<T, SILU, PACKS>(panel, at, count, w, s1, s2); },
-      [&](const int64_t* at, int64_t count) { gradient_sums<T, SILU, 1>(panel, at, count, w, s1, s2); });
+      [&](const int64_t* at, int64_t count) { gradient_sums<T, SILU, PACKS>(panel, at, count, w, s1, s2, s3); },
+      [&](const int64_t* at, int64_t count) { gradient_sums<T, SILU, 1>(panel, at, count, w, s1, s2, s3); });
 }
 
 template <typename T, bool SILU>
-void all_input_gradients(const Panel<T>& panel, const Columns& w, float skip_scale, double* s3) {
+void all_input_gradients(const Panel<T>& panel, const Columns& w, float skip_scale, double* streamed) {
   constexpr int64_t PACKS = 2;
   walk<T, PACKS>(
       panel.width,
-      [&](const int64_t* at, int64_t count) { input_gradient<T, SILU, PACKS>(panel, at, count, w, skip_scale, s3); },
-      [&](const int64_t* at, int64_t count) { input_gradient<T, SILU, 1>(panel, at, count, w, skip_scale, s3); });
+      [&](const int64_t* at, int64_t count) { input_gradient<T, SILU, PACKS>(panel, at, count, w, skip_scale, streamed); },
+      [&](const int64_t* at, int64_t count) { input_gradient<T, SILU, 1>(panel, at, count, w, skip_scale, streamed); });
 }
 
 struct Statistics {
@@ -183,13 +201,17 @@ inline Panel<T> panel_of(const GroupNormBackwardArgs& a, const Run& run, int64_t
           a.channels};
 }
 
-// sums over a group of dv·gain and dv·gain·xhat, as means → what is taken off dv·gain·rstd: base + d·slope
+// The sums of a group, and what they take off dv·factor: base + d·slope.
 struct Projection {
-  double dv = 0, dv_d = 0;
+  double base = 0, slope = 0;
 
-  void add(float factor, double s1, double s2) { dv += factor * s1, dv_d += factor * s2; }
-  float base(double count) const { return static_cast<float>(dv / count); }
-  float slope(double count, double rstd) const { return static_cast<float>(dv_d / count * rstd * rstd); }
+  void add(float factor, double s1, double s2) { base += factor * s1, slope += factor * s2; }
+  void finish(double count, double rstd) { base /= count, slope *= rstd * rstd / count; }
+
+  // Σdx of a channel before stream and skip_scale, where terms cancel: from the other sums, in double
+  double input_sum(float factor, double pixels, double s1, double s3) const {
+    return factor * s1 - (pixels * base + s3 * slope);
+  }
 };
 
 inline void write_sums(const GroupNormBackwardArgs& a, int64_t plane, int64_t b, int64_t first, int64_t width,
@@ -201,9 +223,9 @@ inline void write_sums(const GroupNormBackwardArgs& a, int64_t plane, int64_t b,
 template <typename T, bool SILU>
 void channels_last_item(const GroupNormBackwardArgs& a, int64_t b, int64_t first_group, int64_t groups, double* work) {
   const int64_t group_channels = a.channels / a.groups, first = first_group * group_channels;
-  const int64_t width = groups * group_channels, base = b * a.channels * a.pixels + first;
-  double *s1 = work, *s2 = work + width;
-  const Columns w = Columns::over(reinterpret_cast<float*>(s2 + width), width);
+  const int64_t width = groups * group_channels, at = b * a.channels * a.pixels + first;
+  double *s1 = work, *s2 = s1 + width, *s3 = s2 + width;
+  const Columns w = Columns::over(reinterpret_cast<float*>(s3 + width), width);
   for (int64_t g = 0; g < groups; ++g) {
     const Statistics m = statistics(a, b, first_group + g);
     for (int64_t c = g * group_channels; c < (g + 1) * group_channels; ++c)
@@ -212,27 +234,31 @@ void channels_last_item(const GroupNormBackwardArgs& a, int64_t b, int64_t first
   const Runs runs = runs_of(a, b, first, width);
   for (const Run& run : runs) {
     const int64_t c = run.start;
-    all_gradient_sums<T, SILU>(panel_of<T>(a, run, base + c), w.from(c), s1 + c, s2 + c);
+    all_gradient_sums<T, SILU>(panel_of<T>(a, run, at + c), w.from(c), s1 + c, s2 + c, s3 + c);
   }
 
-  const double count = static_cast<double>(group_channels * a.pixels);
+  const double pixels = static_cast<double>(a.pixels);
   for (int64_t g = 0; g < groups; ++g) {
-    const int64_t c0 = g * group_channels;
+    const int64_t c0 = g * group_channels, c1 = c0 + group_channels;
     const double rstd = statistics(a, b, first_group + g).rstd;
     Projection total;
-    for (int64_t c = c0; c < c0 + group_channels; ++c) total.add(w.factor[c], s1[c], s2[c]);
-    std::fill_n(w.base + c0, group_channels, total.base(count));
-    std::fill_n(w.slope + c0, group_channels, total.slope(count, rstd));
+    for (int64_t c = c0; c < c1; ++c) total.add(w.factor[c], s1[c], s2[c]);
+    total.finish(static_cast<double>(group_channels) * pixels, rstd);
+    for (int64_t c = c0; c < c1; ++c) {
+      w.base[c] = static_cast<float>(total.base), w.slope[c] = static_cast<float>(total.slope);
+      s3[c] = total.input_sum(w.factor[c], pixels, s1[c], s3[c]);
+    }
     write_sums(a, 0, b, first + c0, group_channels, s1 + c0);
     write_sums(a, 1, b, first + c0, group_channels, s2 + c0, rstd);
   }
 
+  double* streamed = a.stream && a.input_sum ? s1 : nullptr;
   for (const Run& run : runs) {
     const int64_t c = run.start;
-    all_input_gradients<T, SILU>(panel_of<T>(a, run, base + c), w.from(c), a.skip_scale,
-                                 a.input_sum ? s1 + c : nullptr);
+    all_input_gradients<T, SILU>(panel_of<T>(a, run, at + c), w.from(c), a.skip_scale, streamed ? streamed + c : nullptr);
   }
-  write_sums(a, 2, b, first, width, a.input_sum ? s1 : nullptr);
+  for (int64_t c = 0; streamed && c < width; ++c) s3[c] += streamed[c];
+  write_sums(a, 2, b, first, width, a.input_sum ? s3 : nullptr, a.skip_scale);
 }
 
 // A channel as rows of one vector, and a narrower row of what is left; call(panel) for each.
@@ -250,53 +276,56 @@ inline void rows_of(Panel<T> panel, int64_t pixels, Call call) {
 }
 
 template <typename T, bool SILU>
-void contiguous_item(const GroupNormBackwardArgs& a, int64_t b, int64_t group) {
+void contiguous_item(const GroupNormBackwardArgs& a, int64_t b, int64_t group, double* work) {
   const int64_t channels = a.channels / a.groups, first = group * channels, n = a.pixels;
   const Runs runs = runs_of(a, b, first, channels);
   const Statistics m = statistics(a, b, group);
   float parameters[6 * N<T>];
-  double lanes1[N<T>], lanes2[N<T>];
+  double lanes1[N<T>], lanes2[N<T>], lanes3[N<T>];
   const Columns w = Columns::over(parameters, N<T>);
   const auto each = [&](auto call) {
     for (const Run& run : runs)
-      for (int64_t c = 0; c < run.width; ++c) {
-        const int64_t channel = run.start + c;
-        Panel<T> panel = panel_of<T>(a, run, ((b * a.channels + first) + channel) * n);
-        panel.x += c * n, panel.dx += c * n;
-        const Coefficients k = coefficients(a, b, first + channel, m.mean, m.rstd);
-        for (int64_t i = 0; i < N<T>; ++i) w.set(i, k);
-        call(panel, first + channel, k);
+      for (int64_t i = 0; i < run.width; ++i) {
+        const int64_t c = run.start + i;
+        Panel<T> panel = panel_of<T>(a, run, (b * a.channels + first + c) * n);
+        panel.x += i * n, panel.dx += i * n;
+        const Coefficients k = coefficients(a, b, first + c, m.mean, m.rstd);
+        for (int64_t lane = 0; lane < N<T>; ++lane) w.set(lane, k);
+        call(panel, c, k.factor);
       }
   };
-  const auto total = [](const double* lanes, int64_t count) {
+  const auto sum_of = [](const double* lanes, int64_t count) {
     double sum = 0;
     for (int64_t i = 0; i < count; ++i) sum += lanes[i];
     return sum;
   };
 
-  Projection taken;
-  each([&](const Panel<T>& channel, int64_t c, const Coefficients& k) {
-    double s1 = 0, s2 = 0;
+  double *s1 = work, *s3 = work + channels;
+  Projection total;
+  each([&](const Panel<T>& channel, int64_t c, float factor) {
+    double s2 = 0;
+    s1[c] = s3[c] = 0;
     rows_of(channel, n, [&](const Panel<T>& rows) {
-      all_gradient_sums<T, SILU>(rows, w, lanes1, lanes2);
-      s1 += total(lanes1, rows.width), s2 += total(lanes2, rows.width);
+      all_gradient_sums<T, SILU>(rows, w, lanes1, lanes2, lanes3);
+      s1[c] += sum_of(lanes1, rows.width), s2 += sum_of(lanes2, rows.width), s3[c] += sum_of(lanes3, rows.width);
     });
-    taken.add(k.factor, s1, s2);
-    write_sums(a, 0, b, c, 1, &s1);
-    write_sums(a, 1, b, c, 1, &s2, m.rstd);
+    total.add(factor, s1[c], s2);
+    write_sums(a, 0, b, first + c, 1, s1 + c);
+    write_sums(a, 1, b, first + c, 1, &s2, m.rstd);
   });
 
-  const double count = static_cast<double>(channels * n);
-  std::fill_n(w.base, N<T>, taken.base(count));
-  std::fill_n(w.slope, N<T>, taken.slope(count, m.rstd));
-  each([&](const Panel<T>& channel, int64_t c, const Coefficients&) {
-    double s3 = 0;
+  total.finish(static_cast<double>(channels * n), m.rstd);
+  std::fill_n(w.base, N<T>, static_cast<float>(total.base));
+  std::fill_n(w.slope, N<T>, static_cast<float>(total.slope));
+  const bool streams = a.stream && a.input_sum;
+  each([&](const Panel<T>& channel, int64_t c, float factor) {
+    s3[c] = total.input_sum(factor, static_cast<double>(n), s1[c], s3[c]);
     rows_of(channel, n, [&](const Panel<T>& rows) {
-      all_input_gradients<T, SILU>(rows, w, a.skip_scale, a.input_sum ? lanes1 : nullptr);
-      if (a.input_sum) s3 += total(lanes1, rows.width);
+      all_input_gradients<T, SILU>(rows, w, a.skip_scale, streams ? lanes1 : nullptr);
+      if (streams) s3[c] += sum_of(lanes1, rows.width);
     });
-    write_sums(a, 2, b, c, 1, &s3);
   });
+  write_sums(a, 2, b, first, channels, a.input_sum ? s3 : nullptr, a.skip_scale);
 }
 
 template <typename T, bool SILU>
@@ -307,7 +336,7 @@ void run(const GroupNormBackwardArgs& a, const Plan& plan, int64_t begin, int64_
       const int64_t groups = bundle + 1 == plan.bundles ? a.groups - first : plan.bundle_groups;
       channels_last_item<T, SILU>(a, b, first, groups, work);
     } else {
-      contiguous_item<T, SILU>(a, b, first);
+      contiguous_item<T, SILU>(a, b, first, work);
     }
   }
 }

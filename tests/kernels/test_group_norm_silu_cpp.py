@@ -57,7 +57,7 @@ def test_channels_of_the_published_networks(channels, channels_last, dtype):
 @EACH_DTYPE
 @LAYOUTS
 def test_every_fold_alone_and_none(channels_last, dtype):
-    for folds in ("", "weight", "bias", "emb", "input_bias", "scale", "shift", "weight bias emb"):
+    for folds in ("", "weight", "weight bias", "emb", "input_bias", "scale", "shift", "weight bias emb"):
         for silu in (True, False):
             check(cases.make((2, 24, 5, 3), 6, dtype, channels_last=channels_last, folds=folds, silu=silu))
 
@@ -74,6 +74,17 @@ def test_two_tensors_read_as_concatenated(channels, second, channels_last, dtype
     folds = "weight bias"  # without an embedding a group is one long run a tensor in NCHW
     inputs = cases.make((1, channels, 3, 5), groups, dtype, second=second, channels_last=channels_last, folds=folds)
     check(inputs)
+
+
+@LAYOUTS
+def test_a_bias_without_a_weight(channels_last):
+    """Which torch's own backward does not take: as with a weight of ones."""
+    inputs = cases.make((2, 24, 5, 3), 6, channels_last=channels_last, folds="bias").to(leaves=True)
+    ones = cases.Inputs(6, {**inputs.tensors, "weight": torch.ones(24)})
+    (alone,), (both,) = cases.fast(inputs), cases.fast(ones)
+    assert torch.equal(alone, both)
+    got, want = (cases.gradients((y,), inputs) for y in (alone, both))
+    assert torch.equal(got["x"], want["x"]) and torch.equal(got["bias"], want["bias"])
 
 
 def test_a_pair_in_two_layouts():
@@ -276,7 +287,7 @@ def test_silu_far_from_zero_and_non_finite():
         bias = torch.tensor([-big, big], requires_grad=True)
         y = functional.group_norm_silu(x, 1, None, bias)
         want_bias = bias.detach().double().requires_grad_()
-        want = F.silu(torch.group_norm(x.double(), 1, None, want_bias))
+        want = F.silu(torch.group_norm(x.double(), 1, torch.ones(2).double(), want_bias))
         assert torch.isfinite(y).all() and torch.allclose(y.double(), want, rtol=1e-5, atol=1e-30)
         y.sum().backward()
         want.sum().backward()
