@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -72,8 +73,8 @@ template <typename Args, typename Kernel>
 void launch(const Args& args, const Plan& plan, Kernel kernel) {
   const int64_t grain = std::max<int64_t>(1, kGrain / plan.elements_per_item);
   at::parallel_for(0, plan.items, grain, [&](int64_t begin, int64_t end) {
-    std::vector<double> work(plan.work);
-    kernel(args, plan, begin, end, work.data());
+    const auto work = std::make_unique_for_overwrite<double[]>(plan.work);
+    kernel(args, plan, begin, end, work.get());
   });
 }
 

@@ -18,8 +18,14 @@ struct GroupNormBackwardArgs : NormInput {
 
 inline Plan make_backward_plan(const NormInput& a) {
   Plan plan = make_plan(a);
-  // three doubles and six floats a channel, or in NCHW two doubles
-  plan.work = a.channels_last ? plan.work / 2 * 3 : 2 * (a.channels / a.groups);
+  // doubles: sums and six floats a channel, and in float the item itself; packs are of 32 channels or pixels at most
+  if (a.channels_last) {
+    const int64_t widest = plan.work / 4;
+    plan.work = 6 * widest + (a.silu ? (widest + 64) * a.pixels / 2 : 0) + 8;
+  } else {
+    const int64_t channels = a.channels / a.groups;
+    plan.work = 2 * channels + (a.silu ? channels * ((a.pixels + 31) / 32 * 16) : 0) + 8;
+  }
   return plan;
 }
 

@@ -1,7 +1,8 @@
 // GroupNorm–SiLU's gradients over raw pointers, compiled once a CPU capability: see capability.h.
 //
 // v = xhat·gain + offset is the SiLU's argument, dv = dy·silu'(v), d = x − mean. One pass over x and dy sums dv, dv·d and
-// d; the second, with an item still in the cache, works dv out again: that costs less than keeping it.
+// d, and keeps dv in float beside the item in the cache: working it out again in the second would cost another exponential
+// and division an element.
 #include "group_norm_silu_backward.h"
 
 #include "group_norm_silu_vec.h"
@@ -17,6 +18,10 @@ struct Panel {
   const T* stream;  // or null
   T* dx;
   int64_t rows, width, x_stride, stride;  // x and dx step by x_stride
+  float* kept;                            // dv, pack after pack, where it is not dy itself
+
+  int64_t packs() const { return (width + N<T> - 1) / N<T>; }
+  float* kept_pack(int64_t u) const { return kept + u * rows * N<T>; }
 };
 
 // One float each a column; dx = dv·factor − (base + d·slope) before stream and skip_scale.
@@ -69,9 +74,10 @@ inline int64_t overlap(const int64_t* at, int64_t u) {
   return u > 0 ? at[u - 1] + N<T> - at[u] : 0;
 }
 
-// s1 = Σdv, s2 = Σdv·d, s3 = Σd of the columns of PACKS packs that start at `at`; count < N only where the width is.
+// s1 = Σdv, s2 = Σdv·d, s3 = Σd of the columns of PACKS packs, the first-th and following, that start at `at`; count < N
+// only where the width is.
 template <typename T, bool SILU, int64_t PACKS>
-void gradient_sums(const Panel<T>& panel, const int64_t* at, int64_t count, const Columns& w, double* s1, double* s2,
+void gradient_sums(const Panel<T>& panel, int64_t first, const int64_t* at, int64_t count, const Columns& w, double* s1, double* s2,
                    double* s3) {
   Pack<T> centre[PACKS], rest[PACKS], factor[PACKS], offset[PACKS], t1[PACKS], t2[PACKS], t3[PACKS];
   for (int64_t u = 0; u < PACKS; ++u) {
@@ -81,15 +87,17 @@ void gradient_sums(const Panel<T>& panel, const int64_t* at, int64_t count, cons
   for (int64_t u = 0; u < PACKS; ++u)
     for (int64_t c = at[u]; c < at[u] + count; ++c) s1[c] = s2[c] = s3[c] = 0;
   const T *x = panel.x, *dy = panel.dy;
+  float* kept = panel.kept_pack(first);
   for (int64_t from = 0; from < panel.rows; from += RUN) {
     for (int64_t u = 0; u < PACKS; ++u) t1[u] = t2[u] = t3[u] = spread<T>(0.f);
     const int64_t to = std::min(from + RUN, panel.rows);
-    for (int64_t p = from; p < to; ++p, x += panel.x_stride, dy += panel.stride)
+    for (int64_t p = from; p < to; ++p, x += panel.x_stride, dy += panel.stride, kept += N<T>)
       for (int64_t u = 0; u < PACKS; ++u) {
         const Pack<T> a = load_pack(x + at[u], count), g = load_pack(dy + at[u], count);
         for (int64_t k = 0; k < VECS<T>; ++k) {
           const Vec d = (a.v[k] - centre[u].v[k]) - rest[u].v[k];
           const Vec dv = dv_of<SILU>(g.v[k], d, factor[u].v[k], offset[u].v[k]);
+          if constexpr (SILU) dv.store(kept + u * panel.rows * N<T> + k * V);
           t1[u].v[k] = t1[u].v[k] + dv;
           t2[u].v[k] = at::vec::fmadd(dv, d, t2[u].v[k]);
           t3[u].v[k] = t3[u].v[k] + d;
@@ -106,28 +114,29 @@ void gradient_sums(const Panel<T>& panel, const int64_t* at, int64_t count, cons
 
 // Writes dx; streamed = Σstream unless that is null.
 template <typename T, bool SILU, int64_t PACKS>
-void input_gradient(const Panel<T>& panel, const int64_t* at, int64_t count, const Columns& w, float skip_scale,
+void input_gradient(const Panel<T>& panel, int64_t first, const int64_t* at, int64_t count, const Columns& w, float skip_scale,
                     double* streamed) {
-  Pack<T> centre[PACKS], rest[PACKS], factor[PACKS], offset[PACKS], base[PACKS], slope[PACKS], total[PACKS];
+  Pack<T> centre[PACKS], rest[PACKS], factor[PACKS], base[PACKS], slope[PACKS], total[PACKS];
   for (int64_t u = 0; u < PACKS; ++u) {
     centre[u] = load_floats<T>(w.centre + at[u], count), rest[u] = load_floats<T>(w.rest + at[u], count);
-    factor[u] = load_floats<T>(w.factor + at[u], count), offset[u] = load_floats<T>(w.offset + at[u], count);
+    factor[u] = load_floats<T>(w.factor + at[u], count);
     base[u] = load_floats<T>(w.base + at[u], count), slope[u] = load_floats<T>(w.slope + at[u], count);
     if (streamed) std::fill_n(streamed + at[u], count, 0.0);
   }
   const T *x = panel.x, *dy = panel.dy, *stream = panel.stream;
   T* dx = panel.dx;
+  const float* kept = panel.kept_pack(first);
   for (int64_t from = 0; from < panel.rows; from += RUN) {
     for (int64_t u = 0; u < PACKS; ++u) total[u] = spread<T>(0.f);
     const int64_t to = std::min(from + RUN, panel.rows);
-    for (int64_t p = from; p < to; ++p, x += panel.x_stride, dx += panel.x_stride, dy += panel.stride) {
+    for (int64_t p = from; p < to; ++p, x += panel.x_stride, dx += panel.x_stride, dy += panel.stride, kept += N<T>) {
       for (int64_t u = 0; u < PACKS; ++u) {
-        const Pack<T> a = load_pack(x + at[u], count), g = load_pack(dy + at[u], count);
+        const Pack<T> a = load_pack(x + at[u], count);
+        const Pack<T> dv = SILU ? load_floats<T>(kept + u * panel.rows * N<T>) : load_pack(dy + at[u], count);
         Pack<T> out;
         for (int64_t k = 0; k < VECS<T>; ++k) {
           const Vec d = (a.v[k] - centre[u].v[k]) - rest[u].v[k];
-          const Vec dv = dv_of<SILU>(g.v[k], d, factor[u].v[k], offset[u].v[k]);
-          out.v[k] = rounded_product(dv, factor[u].v[k]) - at::vec::fmadd(d, slope[u].v[k], base[u].v[k]);
+          out.v[k] = rounded_product(dv.v[k], factor[u].v[k]) - at::vec::fmadd(d, slope[u].v[k], base[u].v[k]);
         }
         if (stream) {
           const Pack<T> more = load_pack(stream + at[u], count);
@@ -148,17 +157,17 @@ void input_gradient(const Panel<T>& panel, const int64_t* at, int64_t count, con
 
 // both passes walk a panel by as many packs as `at` has room for, then by single ones
 template <typename T, int64_t PACKS, typename Many, typename One>
-inline void walk(int64_t width, Many many, One one) {
-  const int64_t packs = (width + N<T> - 1) / N<T>, count = std::min(N<T>, width);
+inline void walk(const Panel<T>& panel, Many many, One one) {
+  const int64_t packs = panel.packs(), count = std::min(N<T>, panel.width);
   int64_t u = 0;
   for (; u + PACKS <= packs; u += PACKS) {
     int64_t at[PACKS];
-    for (int64_t i = 0; i < PACKS; ++i) at[i] = pack_at<T>(u + i, width);
-    many(at, count);
+    for (int64_t i = 0; i < PACKS; ++i) at[i] = pack_at<T>(u + i, panel.width);
+    many(u, at, count);
   }
   for (; u < packs; ++u) {
-    const int64_t at = pack_at<T>(u, width);
-    one(&at, count);
+    const int64_t at = pack_at<T>(u, panel.width);
+    one(u, &at, count);
   }
 }
 
@@ -166,19 +175,22 @@ template <typename T, bool SILU>
 void all_gradient_sums(const Panel<T>& panel, const Columns& w, double* s1, double* s2, double* s3) {
   constexpr int64_t PACKS = 2;
   walk<T, PACKS>(
-      panel.width,
-      [&](const int64_t* at, int64_t count) { gradient_sums<T, SILU, PACKS>(panel, at, count, w, s1, s2, s3); },
-      [&](const int64_t* at, int64_t count) { gradient_sums<T, SILU, 1>(panel, at, count, w, s1, s2, s3); });
+      panel,
+      [&](int64_t u, const int64_t* at, int64_t count) { gradient_sums<T, SILU, PACKS>(panel, u, at, count, w, s1, s2, s3); },
+      [&](int64_t u, const int64_t* at, int64_t count) { gradient_sums<T, SILU, 1>(panel, u, at, count, w, s1, s2, s3); });
 }
 
 template <typename T, bool SILU>
 void all_input_gradients(const Panel<T>& panel, const Columns& w, float skip_scale, double* streamed) {
   constexpr int64_t PACKS = 2;
   walk<T, PACKS>(
-      panel.width,
-      [&](const int64_t* at, int64_t count) { input_gradient<T, SILU, PACKS>(panel, at, count, w, skip_scale, streamed); },
-      [&](const int64_t* at, int64_t count) { input_gradient<T, SILU, 1>(panel, at, count, w, skip_scale, streamed); });
+      panel,
+      [&](int64_t u, const int64_t* at, int64_t count) { input_gradient<T, SILU, PACKS>(panel, u, at, count, w, skip_scale, streamed); },
+      [&](int64_t u, const int64_t* at, int64_t count) { input_gradient<T, SILU, 1>(panel, u, at, count, w, skip_scale, streamed); });
 }
+
+// to a whole cache line
+inline float* aligned(double* p) { return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(p) + 63) & ~uintptr_t{63}); }
 
 struct Statistics {
   double mean, rstd;
@@ -190,7 +202,7 @@ inline Statistics statistics(const GroupNormBackwardArgs& a, int64_t b, int64_t 
 }
 
 template <typename T>
-inline Panel<T> panel_of(const GroupNormBackwardArgs& a, const Run& run, int64_t base) {
+inline Panel<T> panel_of(const GroupNormBackwardArgs& a, const Run& run, int64_t base, float* kept) {
   return {static_cast<const T*>(run.second ? a.x2 : a.x) + run.offset,
           static_cast<const T*>(a.dy) + base,
           a.stream ? static_cast<const T*>(a.stream) + base : nullptr,
@@ -198,7 +210,8 @@ inline Panel<T> panel_of(const GroupNormBackwardArgs& a, const Run& run, int64_t
           a.pixels,
           run.width,
           run.stride,
-          a.channels};
+          a.channels,
+          kept};
 }
 
 // The sums of a group, and what they take off dv·factor: base + d·slope.
@@ -232,9 +245,13 @@ void channels_last_item(const GroupNormBackwardArgs& a, int64_t b, int64_t first
       w.set(c, coefficients(a, b, first + c, m.mean, m.rstd));
   }
   const Runs runs = runs_of(a, b, first, width);
-  for (const Run& run : runs) {
-    const int64_t c = run.start;
-    all_gradient_sums<T, SILU>(panel_of<T>(a, run, at + c), w.from(c), s1 + c, s2 + c, s3 + c);
+  float* kept = aligned(s3 + 4 * width);
+  Panel<T> panels[2];
+  for (int64_t i = 0; i < runs.count; ++i) {
+    const int64_t c = runs.runs[i].start;
+    panels[i] = panel_of<T>(a, runs.runs[i], at + c, kept);
+    kept = panels[i].kept_pack(panels[i].packs());
+    all_gradient_sums<T, SILU>(panels[i], w.from(c), s1 + c, s2 + c, s3 + c);
   }
 
   const double pixels = static_cast<double>(a.pixels);
@@ -253,9 +270,9 @@ void channels_last_item(const GroupNormBackwardArgs& a, int64_t b, int64_t first
   }
 
   double* streamed = a.stream && a.input_sum ? s1 : nullptr;
-  for (const Run& run : runs) {
-    const int64_t c = run.start;
-    all_input_gradients<T, SILU>(panel_of<T>(a, run, at + c), w.from(c), a.skip_scale, streamed ? streamed + c : nullptr);
+  for (int64_t i = 0; i < runs.count; ++i) {
+    const int64_t c = runs.runs[i].start;
+    all_input_gradients<T, SILU>(panels[i], w.from(c), a.skip_scale, streamed ? streamed + c : nullptr);
   }
   for (int64_t c = 0; streamed && c < width; ++c) s3[c] += streamed[c];
   write_sums(a, 2, b, first, width, a.input_sum ? s3 : nullptr, a.skip_scale);
@@ -269,7 +286,7 @@ inline void rows_of(Panel<T> panel, int64_t pixels, Call call) {
   panel.rows = whole;
   if (whole) call(panel);
   const int64_t done = whole * N<T>;
-  panel.x += done, panel.dy += done, panel.dx += done;
+  panel.x += done, panel.dy += done, panel.dx += done, panel.kept += done;
   if (panel.stream) panel.stream += done;
   panel.width = left, panel.rows = 1;
   if (left) call(panel);
@@ -283,11 +300,14 @@ void contiguous_item(const GroupNormBackwardArgs& a, int64_t b, int64_t group, d
   float parameters[6 * N<T>];
   double lanes1[N<T>], lanes2[N<T>], lanes3[N<T>];
   const Columns w = Columns::over(parameters, N<T>);
+  double *s1 = work, *s3 = work + channels;
+  float* kept = aligned(s3 + channels);
+  const int64_t padded = (n + N<T> - 1) / N<T> * N<T>;
   const auto each = [&](auto call) {
     for (const Run& run : runs)
       for (int64_t i = 0; i < run.width; ++i) {
         const int64_t c = run.start + i;
-        Panel<T> panel = panel_of<T>(a, run, (b * a.channels + first + c) * n);
+        Panel<T> panel = panel_of<T>(a, run, (b * a.channels + first + c) * n, kept + c * padded);
         panel.x += i * n, panel.dx += i * n;
         const Coefficients k = coefficients(a, b, first + c, m.mean, m.rstd);
         for (int64_t lane = 0; lane < N<T>; ++lane) w.set(lane, k);
@@ -300,7 +320,6 @@ void contiguous_item(const GroupNormBackwardArgs& a, int64_t b, int64_t group, d
     return sum;
   };
 
-  double *s1 = work, *s3 = work + channels;
   Projection total;
   each([&](const Panel<T>& channel, int64_t c, float factor) {
     double s2 = 0;
