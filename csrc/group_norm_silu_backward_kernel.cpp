@@ -173,7 +173,7 @@ inline void walk(const Panel<T>& panel, Many many, One one) {
 
 template <typename T, bool SILU>
 void all_gradient_sums(const Panel<T>& panel, const Columns& w, double* s1, double* s2, double* s3) {
-  constexpr int64_t PACKS = 2;
+  constexpr int64_t PACKS = 2 / VECS<T>;
   walk<T, PACKS>(
       panel,
       [&](int64_t u, const int64_t* at, int64_t count) { gradient_sums<T, SILU, PACKS>(panel, u, at, count, w, s1, s2, s3); },
@@ -182,7 +182,7 @@ void all_gradient_sums(const Panel<T>& panel, const Columns& w, double* s1, doub
 
 template <typename T, bool SILU>
 void all_input_gradients(const Panel<T>& panel, const Columns& w, float skip_scale, double* streamed) {
-  constexpr int64_t PACKS = 2;
+  constexpr int64_t PACKS = 2 / VECS<T>;
   walk<T, PACKS>(
       panel,
       [&](int64_t u, const int64_t* at, int64_t count) { input_gradient<T, SILU, PACKS>(panel, u, at, count, w, skip_scale, streamed); },

@@ -6,7 +6,7 @@
 namespace sign_fast {
 namespace {
 
-inline Vec silu(Vec x) { return x / (Vec(1.f) + x.neg().exp_u20()); }
+inline Vec silu(Vec x) { return x / (Vec(1.f) + exp_of_minus(x)); }
 
 struct Moments {
   double mean, rstd;
@@ -241,7 +241,7 @@ template <typename T, bool SILU>
 void apply_all_columns(const T* x, int64_t x_stride, T* y, int64_t stride, int64_t pixels, int64_t width,
                        const float* w0, const float* w1, const float* w2, const float* w3) {
   const int64_t packs = (width + N<T> - 1) / N<T>, count = std::min(N<T>, width);
-  constexpr bool pairs = 2 * 4 * VECS<T> < (V == 16 ? 32 : 16);  // of packs: their parameters must fit the registers
+  constexpr bool pairs = 2 * 4 * VECS<T> < (V == 16 ? 16 : 16);  // of packs: their parameters must fit the registers
   int64_t u = 0;
   for (; pairs && u + 2 <= packs; u += 2) {
     const int64_t at[2] = {pack_at<T>(u, width), pack_at<T>(u + 1, width)};
