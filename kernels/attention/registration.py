@@ -171,7 +171,7 @@ def _cpu_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        _rows(dout), _rows(q), _rows(k), _rows(v), out, logsumexp, 0.0, False
+        _rows(dout), _rows(q), _rows(k), _rows(v), _rows(out), logsumexp, 0.0, False
     )
     return _token_major(dq), _token_major(dk), _token_major(dv)
 
