@@ -11,7 +11,7 @@ from typing import Literal
 from torch import Tensor
 
 from .kernels.attention import op as _attention
-from .kernels.distill_loss import reference as _distill_loss
+from .kernels.distill_loss import op as _distill_loss
 from .kernels.group_norm_silu import op as _group_norm_silu
 from .kernels.sampler_step import reference as _sampler_step
 
@@ -174,6 +174,22 @@ def projected_attention(qkv: Tensor, num_heads: int, *, interleaved: bool = True
     return _attention.projected_attention(qkv, num_heads, interleaved)
 
 
+def _fake_weight(sigma: Tensor, sigma_data: float, batch: int) -> Tensor:
+    """w(σ) = (σ² + s²)/(σ s)² = 1/σ² + 1/s², (B,)."""
+    if sigma.numel() != batch:
+        raise ValueError(f"sigma must hold {batch} values, not {sigma.numel()}")
+    return sigma.reshape(-1) ** -2 + sigma_data**-2
+
+
+def _check_predictions(images: Tensor, y_real: Tensor, y_fake: Tensor, weight: Tensor | None) -> None:
+    if not images.shape == y_real.shape == y_fake.shape:
+        raise ValueError(
+            f"images {tuple(images.shape)}, y_real {tuple(y_real.shape)} and y_fake {tuple(y_fake.shape)} must agree"
+        )
+    if weight is not None and weight.numel() != images.shape[0]:
+        raise ValueError(f"weight must hold {images.shape[0]} values, not {weight.numel()}")
+
+
 def fake_score_loss(y_fake: Tensor, images: Tensor, sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
     """w(σ)·‖y_fake − x‖² with w = (σ² + s²)/(σ s)²: denoising score matching of the fake score (SiD, Algorithm 1).
 
@@ -184,53 +200,119 @@ def fake_score_loss(y_fake: Tensor, images: Tensor, sigma: Tensor, sigma_data: f
         sigma_data: s, the data's standard deviation.
 
     Returns:
-        (B,) per-sample sums; a sample with a NaN in y_fake or images is 0 and sends back zero gradient.
+        (B,) float32 per-sample sums; a sample with a NaN in y_fake or images is 0 and sends back zero gradient.
 
     Raises:
         ValueError: y_fake and images differ in shape, or sigma does not hold B values.
     """
     _check(y_fake.shape == images.shape, f"y_fake {tuple(y_fake.shape)} and images {tuple(images.shape)} must agree")
-    _check(sigma.numel() == images.shape[0], f"sigma must hold {images.shape[0]} values, not {sigma.numel()}")
-    return _distill_loss.fake_score_loss(y_fake, images, sigma, sigma_data)
+    return _distill_loss.fake_score_loss(y_fake, images, _fake_weight(sigma, sigma_data, images.shape[0]))
 
 
-def sid_generator_loss(images: Tensor, y_real: Tensor, y_fake: Tensor, alpha: float = 1.2) -> Tensor:
+def sid_generator_loss(
+    images: Tensor, y_real: Tensor, y_fake: Tensor, alpha: float = 1.2, *, weight: Tensor | None = None
+) -> Tensor:
     """(y_r − y_f)·((y_r − x) − α(y_r − y_f))/ω with ω = mean|x − y_r| ≥ 1e-5 without gradient (SiD, eq. 23).
 
     Args:
         images: (B, …) the student's images x.
         y_real, y_fake: (B, …) the teacher's and the fake score's predictions from the noised images.
         alpha: 1.2 published, 1.0 for AFHQ.
+        weight: (B,) takes the place of 1/ω, such as the flow weights 1 − t, (1 − t)/t and ((1 − t)/t)².
 
     Returns:
-        (B,) per-sample sums; a sample with a NaN in any input is 0 and sends back zero gradient.
+        (B,) float32 per-sample sums; a sample with a NaN in any input is 0 and sends back zero gradient.
 
     Raises:
-        ValueError: the three shapes differ.
+        ValueError: the three shapes differ, or weight does not hold B values.
     """
-    _check(images.shape == y_real.shape == y_fake.shape, "images, y_real and y_fake must have one shape")
-    return _distill_loss.sid_generator_loss(images, y_real, y_fake, alpha)
+    _check_predictions(images, y_real, y_fake, weight)
+    return _distill_loss.sid_generator_loss(images, y_real, y_fake, alpha, weight)
+
+
+def distribution_matching_loss(
+    images: Tensor, y_real: Tensor, y_fake: Tensor, *, weight: Tensor | None = None
+) -> Tensor:
+    """½‖g − stop(g − direction)‖² with direction = (y_f − y_r)/mean|g − y_r|: distribution matching (DMD, eq. 7).
+
+    Its gradient for the images is the direction; the predictions are data.
+
+    Args:
+        images: (B, …) the student's images g.
+        y_real, y_fake: (B, …) the teacher's and the fake score's predictions of the clean image.
+        weight: (B,) takes the place of 1/mean|g − y_r|.
+
+    Returns:
+        (B,) float32; a sample with a NaN in any input is 0 and sends back zero gradient.
+
+    Raises:
+        ValueError: the three shapes differ, or weight does not hold B values.
+    """
+    _check_predictions(images, y_real, y_fake, weight)
+    return _distill_loss.distribution_matching_loss(images, y_real, y_fake, weight)
 
 
 def distill_losses(
-    images: Tensor, y_real: Tensor, y_fake: Tensor, sigma: Tensor, alpha: float = 1.2, sigma_data: float = 0.5
+    images: Tensor,
+    y_real: Tensor,
+    y_fake: Tensor,
+    sigma: Tensor,
+    alpha: float = 1.2,
+    sigma_data: float = 0.5,
+    *,
+    weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`sid_generator_loss` and `fake_score_loss` of the same predictions.
+    """`sid_generator_loss` and `fake_score_loss` of the same predictions, in one pass over the data.
 
     The fake loss takes the images as data: it sends gradient to y_fake only.
 
     Args:
-        images, y_real, y_fake, sigma, alpha, sigma_data: as in the two functions.
+        images, y_real, y_fake, sigma, alpha, sigma_data, weight: as in the two functions.
 
     Returns:
-        (student (B,), fake (B,)).
+        (student (B,), fake (B,)), float32; a NaN in any input drops the sample from both.
 
     Raises:
-        ValueError: shapes differ, or sigma does not hold B values.
+        ValueError: shapes differ, or sigma or weight does not hold B values.
     """
-    _check(images.shape == y_real.shape == y_fake.shape, "images, y_real and y_fake must have one shape")
-    _check(sigma.numel() == images.shape[0], f"sigma must hold {images.shape[0]} values, not {sigma.numel()}")
-    return _distill_loss.distill_losses(images, y_real, y_fake, sigma, alpha, sigma_data)
+    _check_predictions(images, y_real, y_fake, weight)
+    fake_weight = _fake_weight(sigma, sigma_data, images.shape[0])
+    return _distill_loss.distill_losses(images, y_real, y_fake, alpha, weight, fake_weight)
+
+
+def distill_loss_gradients(
+    images: Tensor,
+    y_real: Tensor,
+    y_fake: Tensor,
+    sigma: Tensor,
+    alpha: float = 1.2,
+    sigma_data: float = 0.5,
+    *,
+    weight: Tensor | None = None,
+    student_scale: float = 1.0,
+    fake_scale: float = 1.0,
+    wanted: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[Tensor, ...]:
+    """Both losses and all gradients of student_scale·Σ student + fake_scale·Σ fake, at once and without autograd.
+
+    What a training step that uses both losses needs: the gradients are the seeds of its backward passes.
+
+    Args:
+        images, y_real, y_fake, sigma, alpha, sigma_data, weight: as in `distill_losses`.
+        student_scale, fake_scale: factors of the two sums.
+        wanted: whether the student loss's gradients for images, y_real and y_fake are wanted; else they are empty.
+
+    Returns:
+        (student (B,), fake (B,), d_images, d_y_real, d_y_fake of the student loss, d_y_fake of the fake loss).
+
+    Raises:
+        ValueError: shapes differ, or sigma or weight does not hold B values.
+    """
+    _check_predictions(images, y_real, y_fake, weight)
+    fake_weight = _fake_weight(sigma, sigma_data, images.shape[0])
+    return _distill_loss.distill_loss_gradients(
+        images, y_real, y_fake, alpha, weight, fake_weight, student_scale, fake_scale, wanted
+    )
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -277,7 +359,9 @@ def renoise(denoised: Tensor, noise: Tensor, scale: Tensor | float, sigma: Tenso
 
 __all__ = [
     "attention",
+    "distill_loss_gradients",
     "distill_losses",
+    "distribution_matching_loss",
     "fake_score_loss",
     "group_norm_silu",
     "precondition",
