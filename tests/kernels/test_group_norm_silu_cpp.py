@@ -190,7 +190,13 @@ def test_single_pixels_and_narrow_planes(shape, groups, dtype):
 @LAYOUTS
 @pytest.mark.parametrize(
     "shape, groups, second",
-    [((3, 7, 5, 3), 7, 3), ((2, 15, 7, 1), 5, 14), ((1, 130, 3, 3), 26, 61), ((2, 48, 9, 7), 1, 7), ((1, 1, 32, 32), 1, 0)],
+    [
+        ((3, 7, 5, 3), 7, 3),
+        ((2, 15, 7, 1), 5, 14),
+        ((1, 130, 3, 3), 26, 61),
+        ((2, 48, 9, 7), 1, 7),
+        ((1, 1, 32, 32), 1, 0),
+    ],
     ids=str,
 )
 def test_odd_sizes(shape, groups, second, channels_last, dtype):
