@@ -255,7 +255,7 @@ def test_samples_do_not_depend_on_their_batch():
 def test_statistics_and_sums_are_those_of_the_reference(channels_last, dtype):
     t = cases.make((2, 48, 5, 7), 4, dtype, channels_last=channels_last, second=9, mean=300).tensors
     x, x2, weight, bias, emb, input_bias, scale, shift = (
-        t[name] for name in "x x2 weight bias emb input_bias scale shift".split()
+        t[name] for name in ["x", "x2", "weight", "bias", "emb", "input_bias", "scale", "shift"]
     )
     op = torch.ops.sign_fast
     y, stats = op.group_norm_silu_forward(x, x2, 4, weight, bias, 1e-5, emb, input_bias, scale, shift, True)
