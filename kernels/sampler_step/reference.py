@@ -164,12 +164,9 @@ def finish_images(x: Tensor, network_output: Tensor | None, c_skip: Tensor | Non
 
 
 def precondition(x: Tensor, network_output: Tensor, c_skip: Tensor, c_out: Tensor) -> Tensor:
-    return c_skip * x + c_out * network_output.to(x.dtype)
+    dtype = _wide(x.dtype)
+    return (c_skip * x.to(dtype) + c_out * network_output.to(dtype)).to(x.dtype)
 
 
 def renoise(denoised: Tensor, noise: Tensor, scale: Tensor | float, sigma: Tensor | float) -> Tensor:
     return scale * denoised + sigma * noise
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    return finish_images(images, None, None, None)
