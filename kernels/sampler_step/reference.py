@@ -80,7 +80,8 @@ def radius(w: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     k = torch.where(near, 0, 32 - (bits >> 23)).float()  # u = (1 + f)·2⁻ᵏ
     square = f * f
     rest = f * square * _polynomial(f, LOG) - 0.5 * square
-    return torch.sqrt(2 * (k * LN2_HIGH - (f + (rest - k * LN2_LOW))))
+    # by float64: torch's own float32 root on the CPU is not always the nearest number, every other implementation's is
+    return torch.sqrt((2 * (k * LN2_HIGH - (f + (rest - k * LN2_LOW)))).double()).float()
 
 
 def cos_sin(w: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -110,10 +111,6 @@ def normals(w: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.stack((r * x, r * y), -1).flatten(-2)
 
 
-def _format(x: Tensor, channels_last: bool) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-
-
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -126,7 +123,9 @@ def _noise(seeds: Tensor, step: int, shape: tuple[int, ...], dtype: torch.dtype)
 def philox_normal(
     seeds: Tensor, step: int, shape: tuple[int, ...], scale: float, dtype: torch.dtype, channels_last: bool
 ) -> Tensor:
-    return _format((_noise(seeds, step, shape, _wide(dtype)) * scale).to(dtype), channels_last)
+    noise = _noise(seeds, step, shape, _wide(dtype)) * scale
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty_like(noise, dtype=dtype, memory_format=layout).copy_(noise)
 
 
 def _column(t: Tensor | float, dtype: torch.dtype) -> Tensor | float:

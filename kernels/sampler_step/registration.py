@@ -6,7 +6,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from ..device import device_of, interpreting
 from ..launch import run
@@ -94,8 +93,7 @@ def _triton_finish(
 
 
 def _plain_step(x: Tensor, *others: Any) -> Tensor:
-    y = reference.sampler_step(x, *others).contiguous(memory_format=suggest_memory_format(x))
-    return y.clone() if y.data_ptr() == x.data_ptr() else y
+    return dense_like(x).copy_(reference.sampler_step(x, *others))
 
 
 # name: (shapes, Triton, plain torch)
