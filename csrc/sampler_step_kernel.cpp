@@ -181,7 +181,7 @@ void SIGN_FAST_ENTRY(sampler_step)(const SamplerArgs& a, int64_t begin, int64_t 
   // bytes need no noise and are written in H, W, C order: in channels_last every tensor then lies in order
   const bool walk = a.channels_last && a.channels > 1 && a.pixels > 1 && a.seeds;
   const bool bytes_walk = a.bytes && !a.channels_last && a.channels > 1 && a.pixels > 1;
-  float d[CHUNK], f[CHUNK], n[CHUNK];
+  float d[CHUNK] = {}, f[CHUNK] = {}, n[CHUNK];
   for (int64_t item = begin; item < end; ++item) {
     const int64_t image = item / items, start = item % items * kSamplerItem;
     const float skip = a.c_skip ? a.c_skip[image * a.c_skip_row] : 1.0f;
