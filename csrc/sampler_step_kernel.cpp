@@ -3,21 +3,21 @@
 // Items of one image's elements in C, H, W order; 16 Philox calls at a time in arrays of one word each, whose plain
 // loops the compiler makes vectors of. kernels/sampler_step/reference.py explains the arithmetic; it is repeated here
 // operation by operation, without fused multiply-adds, so that the bits are the same.
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <type_traits>
-
-#include "sampler_step.h"
-
 #if defined(__clang__)
 #pragma clang fp contract(off)
 #else
 #pragma GCC optimize("fp-contract=off")
 #endif
+
+#include <ATen/cpu/vec/vec.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "sampler_step.h"
 
 namespace sign_fast {
 namespace {
@@ -52,19 +52,23 @@ inline float to_float(uint32_t v) {
          static_cast<float>(static_cast<int32_t>(v & 0xFFFF));
 }
 
-inline float radius(uint32_t w) {
+// −2·ln u: the square of the radius
+inline float square_radius(uint32_t w) {
   const uint32_t gap = ~w;
   const bool near = gap < NEAR_ONE;
   const float value = to_float(near ? gap : w + 1);
   const int32_t b = bits<int32_t>(value) - ROOT_HALF_BITS;
   const float mantissa = bits<float>((b & 0x7FFFFF) + ROOT_HALF_BITS);
-  const float f = near ? value * -2.3283064365386963e-10f : mantissa - 1.0f;
+  // chosen by a mask: of two floating-point branches the compiler would not make vectors
+  const uint32_t mask = -static_cast<uint32_t>(near);
+  const uint32_t close = bits<uint32_t>(value * -2.3283064365386963e-10f), far = bits<uint32_t>(mantissa - 1.0f);
+  const float f = bits<float>((close & mask) | (far & ~mask));
   const float k = static_cast<float>(near ? 0 : 32 - (b >> 23));
   const float square = f * f;
   float p = LOG[7];
   for (int i = 6; i >= 0; --i) p = p * f + LOG[i];
   const float rest = f * square * p - 0.5f * square;
-  return std::sqrt(2.0f * (k * LN2_HIGH - (f + (rest - k * LN2_LOW))));
+  return 2.0f * (k * LN2_HIGH - (f + (rest - k * LN2_LOW)));
 }
 
 inline void cos_sin(uint32_t w, float& x, float& y) {
@@ -83,26 +87,32 @@ inline void cos_sin(uint32_t w, float& x, float& y) {
   y = bits<float>(sx ^ (w & 0x80000000));
 }
 
+// std::sqrt in a loop of its own would call the library: the pragma above forgets -fno-math-errno
+inline void roots(float* values) {
+  using Vec = at::vec::Vectorized<float>;
+  for (int64_t i = 0; i < BLOCKS; i += Vec::size()) Vec::loadu(values + i).sqrt().store(values + i);
+}
+
 // out: the 4·BLOCKS normals of calls first, first + 1, …
 inline void normals(int64_t seed, int64_t step, int64_t first, float* out) {
   uint32_t c0[BLOCKS], c1[BLOCKS], c2[BLOCKS], c3[BLOCKS];
+  const uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
   for (int64_t i = 0; i < BLOCKS; ++i) {
-    c0[i] = static_cast<uint32_t>(first + i), c1[i] = static_cast<uint32_t>(step), c2[i] = 0, c3[i] = 0;
-  }
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
-  for (int round = 0; round < 10; ++round) {
-    for (int64_t i = 0; i < BLOCKS; ++i) {
-      const uint64_t p0 = static_cast<uint64_t>(0xD2511F53u) * c0[i], p1 = static_cast<uint64_t>(0xCD9E8D57u) * c2[i];
-      c0[i] = static_cast<uint32_t>(p1 >> 32) ^ c1[i] ^ k0;
-      c2[i] = static_cast<uint32_t>(p0 >> 32) ^ c3[i] ^ k1;
-      c1[i] = static_cast<uint32_t>(p1);
-      c3[i] = static_cast<uint32_t>(p0);
+    uint32_t a = static_cast<uint32_t>(first + i), b = static_cast<uint32_t>(step), c = 0, d = 0;
+#pragma GCC unroll 10
+    for (uint32_t round = 0; round < 10; ++round) {
+      const uint64_t p = uint64_t{0xD2511F53u} * a, q = uint64_t{0xCD9E8D57u} * c;
+      a = static_cast<uint32_t>(q >> 32) ^ b ^ (k0 + round * 0x9E3779B9u);
+      c = static_cast<uint32_t>(p >> 32) ^ d ^ (k1 + round * 0xBB67AE85u);
+      b = static_cast<uint32_t>(q);
+      d = static_cast<uint32_t>(p);
     }
-    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    c0[i] = a, c1[i] = b, c2[i] = c, c3[i] = d;
   }
   float r0[BLOCKS], r1[BLOCKS], x0[BLOCKS], x1[BLOCKS], y0[BLOCKS], y1[BLOCKS];
-  for (int64_t i = 0; i < BLOCKS; ++i) r0[i] = radius(c0[i]);
-  for (int64_t i = 0; i < BLOCKS; ++i) r1[i] = radius(c2[i]);
+  for (int64_t i = 0; i < BLOCKS; ++i) r0[i] = square_radius(c0[i]);
+  for (int64_t i = 0; i < BLOCKS; ++i) r1[i] = square_radius(c2[i]);
+  roots(r0), roots(r1);
   for (int64_t i = 0; i < BLOCKS; ++i) cos_sin(c1[i], x0[i], y0[i]);
   for (int64_t i = 0; i < BLOCKS; ++i) cos_sin(c3[i], x1[i], y1[i]);
   for (int64_t i = 0; i < BLOCKS; ++i) {
