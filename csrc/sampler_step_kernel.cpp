@@ -6,7 +6,7 @@
 #if defined(__clang__)
 #pragma clang fp contract(off)
 #else
-#pragma GCC optimize("fp-contract=off")
+#pragma GCC optimize("fp-contract=off", "no-trapping-math")  // the latter lets loops with choices become vectors
 #endif
 
 #include <ATen/cpu/vec/vec.h>
@@ -59,10 +59,7 @@ inline float square_radius(uint32_t w) {
   const float value = to_float(near ? gap : w + 1);
   const int32_t b = bits<int32_t>(value) - ROOT_HALF_BITS;
   const float mantissa = bits<float>((b & 0x7FFFFF) + ROOT_HALF_BITS);
-  // chosen by a mask: of two floating-point branches the compiler would not make vectors
-  const uint32_t mask = -static_cast<uint32_t>(near);
-  const uint32_t close = bits<uint32_t>(value * -2.3283064365386963e-10f), far = bits<uint32_t>(mantissa - 1.0f);
-  const float f = bits<float>((close & mask) | (far & ~mask));
+  const float f = near ? value * -2.3283064365386963e-10f : mantissa - 1.0f;
   const float k = static_cast<float>(near ? 0 : 32 - (b >> 23));
   const float square = f * f;
   float p = LOG[7];
