@@ -22,8 +22,11 @@
 namespace sign_fast {
 namespace {
 
+using Vec = at::vec::Vectorized<float>;
+
 constexpr int64_t BLOCKS = 16;  // Philox calls at a time
-constexpr int64_t CHUNK = 4 * BLOCKS;
+constexpr int64_t CHUNK = 512;  // elements at a time: what they need stays in the first-level cache
+static_assert(CHUNK % (4 * BLOCKS) == 0 && kSamplerItem % CHUNK == 0);
 
 // reference.py: LOG, SIN, COS and the other constants, with their error bounds
 constexpr float LOG[8] = {0.3333333134651184f,   -0.2500081956386566f, 0.20001226663589478f, -0.16623356938362122f,
@@ -86,7 +89,6 @@ inline void cos_sin(uint32_t w, float& x, float& y) {
 
 // std::sqrt in a loop of its own would call the library: the pragma above forgets -fno-math-errno
 inline void roots(float* values) {
-  using Vec = at::vec::Vectorized<float>;
   for (int64_t i = 0; i < BLOCKS; i += Vec::size()) Vec::loadu(values + i).sqrt().store(values + i);
 }
 
@@ -138,12 +140,38 @@ struct Walk {
   }
 };
 
+// Runs of memory as float and back. The compiler makes vectors of these loops except for half precision.
+using HalfVec = at::vec::Vectorized<c10::Half>;
+
+template <typename T>
+inline void widen(const T* from, int64_t n, float* to) {
+  int64_t i = 0;
+  if constexpr (std::is_same_v<T, c10::Half>) {
+    for (; i + HalfVec::size() <= n; i += HalfVec::size()) {
+      const auto [low, high] = at::vec::convert_to_float<c10::Half>(HalfVec::loadu(from + i));
+      low.store(to + i), high.store(to + i + Vec::size());
+    }
+  }
+  for (; i < n; ++i) to[i] = static_cast<float>(from[i]);
+}
+
+template <typename T>
+inline void narrow(const float* from, int64_t n, T* to) {
+  int64_t i = 0;
+  if constexpr (std::is_same_v<T, c10::Half>) {
+    for (; i + HalfVec::size() <= n; i += HalfVec::size()) {
+      at::vec::convert_from_float<c10::Half>(Vec::loadu(from + i), Vec::loadu(from + i + Vec::size())).store(to + i);
+    }
+  }
+  for (; i < n; ++i) to[i] = static_cast<T>(from[i]);
+}
+
 template <typename T>
 inline void load(const T* image, int64_t first, int64_t n, bool walk, const SamplerArgs& a, float* out) {
   if (walk) {
     Walk(a.channels, a.pixels, first).each(n, [&](int64_t i, int64_t at) { out[i] = static_cast<float>(image[at]); });
   } else {
-    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(image[first + i]);
+    widen(image + first, n, out);
   }
 }
 
@@ -165,7 +193,7 @@ inline void store(T* image, int64_t first, int64_t n, bool walk, const SamplerAr
   if (walk) {
     Walk(a.channels, a.pixels, first).each(n, [&](int64_t i, int64_t at) { image[at] = static_cast<T>(values[i]); });
   } else {
-    for (int64_t i = 0; i < n; ++i) image[first + i] = static_cast<T>(values[i]);
+    narrow(values, n, image + first);
   }
 }
 
@@ -188,7 +216,7 @@ void SIGN_FAST_ENTRY(sampler_step)(const SamplerArgs& a, int64_t begin, int64_t 
   // bytes need no noise and are written in H, W, C order: in channels_last every tensor then lies in order
   const bool walk = a.channels_last && a.channels > 1 && a.pixels > 1 && a.seeds;
   const bool bytes_walk = a.bytes && !a.channels_last && a.channels > 1 && a.pixels > 1;
-  float d[CHUNK] = {}, f[CHUNK] = {}, n[CHUNK];
+  float d[CHUNK] = {}, f[CHUNK] = {}, n[CHUNK] = {};
   for (int64_t item = begin; item < end; ++item) {
     const int64_t image = item / items, start = item % items * kSamplerItem;
     const float skip = a.c_skip ? a.c_skip[image * a.c_skip_row] : 1.0f;
@@ -200,14 +228,14 @@ void SIGN_FAST_ENTRY(sampler_step)(const SamplerArgs& a, int64_t begin, int64_t 
       if (a.x) load(a.x, a.x_dtype, image, first, count, walk, a, d);
       if (a.network_output) {
         load(a.network_output, a.network_dtype, image, first, count, walk, a, f);
-        for (int64_t i = 0; i < CHUNK; ++i) d[i] = skip * d[i] + out * f[i];
+        for (int64_t i = 0; i < count; ++i) d[i] = skip * d[i] + out * f[i];
       }
       if (a.seeds) {
-        normals(a.seeds[image], a.step, first / 4, n);
+        for (int64_t i = 0; i < count; i += 4 * BLOCKS) normals(a.seeds[image], a.step, (first + i) / 4, n + i);
         if (a.x) {
-          for (int64_t i = 0; i < CHUNK; ++i) d[i] = scale * d[i] + sigma * n[i];
+          for (int64_t i = 0; i < count; ++i) d[i] = scale * d[i] + sigma * n[i];
         } else {
-          for (int64_t i = 0; i < CHUNK; ++i) d[i] = n[i] * sigma;
+          for (int64_t i = 0; i < count; ++i) d[i] = n[i] * sigma;
         }
       }
       if (!a.bytes) {
@@ -216,7 +244,7 @@ void SIGN_FAST_ENTRY(sampler_step)(const SamplerArgs& a, int64_t begin, int64_t 
       }
       uint8_t* to = static_cast<uint8_t*>(a.y) + image * elements;
       uint8_t rounded[CHUNK];
-      for (int64_t i = 0; i < CHUNK; ++i) {
+      for (int64_t i = 0; i < count; ++i) {
         float v = d[i] * 127.5f;
         v = v > -128.0f ? v : -128.0f;  // NaN too
         v = v < 127.0f ? v : 127.0f;
