@@ -135,6 +135,6 @@ std::tuple<Tensor, Tensor> residual_group_norm_silu(const Tensor& h_in, const Te
 }  // namespace sign_fast
 
 TORCH_LIBRARY_IMPL(sign_fast, CPU, m) {
-  //  m.impl("group_norm_silu", sign_fast::group_norm_silu);
-  //  m.impl("residual_group_norm_silu", sign_fast::residual_group_norm_silu);
+  m.impl("group_norm_silu", sign_fast::group_norm_silu);
+  m.impl("residual_group_norm_silu", sign_fast::residual_group_norm_silu);
 }
