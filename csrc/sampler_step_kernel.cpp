@@ -9,6 +9,7 @@
 #pragma GCC optimize("fp-contract=off", "no-trapping-math")  // the latter lets loops with choices become vectors
 #endif
 
+#include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
