@@ -213,9 +213,7 @@ def _check_images(x: Tensor, network_output: Tensor | None, c_skip: Tensor | Non
     given = [t is not None for t in (network_output, c_skip, c_out)]
     _check(all(given) or not any(given), "network_output, c_skip and c_out come together")
     if network_output is not None:
-        _check(
-            network_output.shape == x.shape, f"x {tuple(x.shape)} and F {tuple(network_output.shape)} must agree"
-        )
+        _check(network_output.shape == x.shape, f"x {tuple(x.shape)} and F {tuple(network_output.shape)} must agree")
     for t in (c_skip, c_out):
         _check(t is None or t.numel() in (1, x.shape[0]), f"coefficients must be 1 or {x.shape[0]} values")
 
@@ -260,9 +258,7 @@ def philox_normal(
     _check(len(shape) == 3, f"shape must be (C, H, W), not {tuple(shape)}")
     _check(memory_format in (torch.contiguous_format, torch.channels_last), f"{memory_format} is not supported")
     seeds = seeds if device is None else seeds.to(device)
-    return _sampler_step.philox_normal(
-        seeds, step, tuple(shape), scale, dtype, memory_format == torch.channels_last
-    )
+    return _sampler_step.philox_normal(seeds, step, tuple(shape), scale, dtype, memory_format == torch.channels_last)
 
 
 def sampler_step(

@@ -94,14 +94,10 @@ def sampler_step(
         y = reference.sampler_step(x, network_output, c_skip, c_out, seeds, step, scale, sigma)
         return y.contiguous(memory_format=suggest_memory_format(x))
     scale, sigma = (None, None) if seeds is None else (_vector(scale, x), _vector(sigma, x))
-    return call(
-        "sampler_step", x, network_output, _vector(c_skip, x), _vector(c_out, x), seeds, step, scale, sigma
-    )
+    return call("sampler_step", x, network_output, _vector(c_skip, x), _vector(c_out, x), seeds, step, scale, sigma)
 
 
-def finish_images(
-    x: Tensor, network_output: OptionalTensor, c_skip: OptionalTensor, c_out: OptionalTensor
-) -> Tensor:
+def finish_images(x: Tensor, network_output: OptionalTensor, c_skip: OptionalTensor, c_out: OptionalTensor) -> Tensor:
     x = x.detach()
     network_output = None if network_output is None else network_output.detach()
     c_skip, c_out = (None if t is None else t.detach() for t in (c_skip, c_out))
@@ -119,6 +115,4 @@ def precondition(x: Tensor, network_output: Tensor, c_skip: Tensor, c_out: Tenso
     reason = _COEFFICIENTS if plain else _supports(x, network_output, c_skip, c_out)
     if not _fast(reason, x):
         return reference.precondition(x, network_output, c_skip, c_out)
-    return call(
-        "sampler_step", x, network_output, _vector(c_skip, x), _vector(c_out, x), None, 0, None, None
-    )
+    return call("sampler_step", x, network_output, _vector(c_skip, x), _vector(c_out, x), None, 0, None, None)

@@ -82,9 +82,7 @@ def _triton_step(
     return y
 
 
-def _triton_finish(
-    x: Tensor, network_output: OptionalTensor, c_skip: OptionalTensor, c_out: OptionalTensor
-) -> Tensor:
+def _triton_finish(x: Tensor, network_output: OptionalTensor, c_skip: OptionalTensor, c_out: OptionalTensor) -> Tensor:
     y = _fake_finish(x)
     if y.numel():
         f = None if network_output is None else readable(network_output)
