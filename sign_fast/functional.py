@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from .kernels.attention import op as _attention
 from .kernels.distill_loss import op as _distill_loss
 from .kernels.group_norm_silu import op as _group_norm_silu
-from .kernels.sampler_step import reference as _sampler_step
+from .kernels.sampler_step import op as _sampler_step
+from .kernels.sampler_step.reference import renoise as _renoise
 
 Activation = Literal["silu"] | None
 
@@ -315,28 +317,122 @@ def distill_loss_gradients(
     )
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """clip(x·127.5 + 128, 0, 255), truncated: images in [-1, 1] to bytes.
+def _check_images(x: Tensor, network_output: Tensor | None, c_skip: Tensor | None, c_out: Tensor | None) -> None:
+    _check(x.ndim == 4, f"images must be (B, C, H, W), not {tuple(x.shape)}")
+    given = [t is not None for t in (network_output, c_skip, c_out)]
+    _check(all(given) or not any(given), "network_output, c_skip and c_out come together")
+    if network_output is not None:
+        _check(network_output.shape == x.shape, f"x {tuple(x.shape)} and F {tuple(network_output.shape)} must agree")
+    for t in (c_skip, c_out):
+        _check(t is None or t.numel() in (1, x.shape[0]), f"coefficients must be 1 or {x.shape[0]} values")
+
+
+def _check_seeds(seeds: Tensor, batch: int | None = None) -> None:
+    _check(seeds.dtype == torch.int64 and seeds.ndim == 1, "seeds must be (B,) int64")
+    _check(batch is None or seeds.shape[0] == batch, f"{seeds.shape[0]} seeds for {batch} images")
+
+
+def philox_normal(
+    seeds: Tensor,
+    step: int,
+    shape: tuple[int, int, int],
+    *,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Tensor:
+    """scale·n with n ~ N(0, 1) from Philox 4x32-10 (Salmon et al. 2011): the noise of each image is its seed's own.
+
+    The key is the image's seed, the counter (element // 4, step, 0, 0) with elements in C, H, W order; four words make
+    four normals by Box and Muller's transform in float32. An image does not depend on its batch, on the memory format
+    or on the device; `sampler_step` adds the same n.
 
     Args:
-        images: (B, C, H, W), any floating dtype.
+        seeds: (B,) int64, all 64 bits count.
+        step: which of a seed's streams, modulo 2³².
+        shape: (C, H, W) of an image.
+        scale: multiplies n in float32.
+        dtype: of the result; float64 evaluates the transform in float64, for checks.
+        device: where the result is made; None takes the seeds' device.
+        memory_format: torch.contiguous_format or torch.channels_last.
 
     Returns:
-        (B, H, W, C) uint8, contiguous.
+        (B, C, H, W) in dtype and memory_format.
 
     Raises:
-        ValueError: images is not four-dimensional.
+        ValueError: seeds, shape or memory_format are not as above.
     """
-    _check(images.ndim == 4, f"images must be (B, C, H, W), not {tuple(images.shape)}")
-    return _sampler_step.to_uint8(images)
+    _check_seeds(seeds)
+    _check(len(shape) == 3, f"shape must be (C, H, W), not {tuple(shape)}")
+    _check(memory_format in (torch.contiguous_format, torch.channels_last), f"{memory_format} is not supported")
+    seeds = seeds if device is None else seeds.to(device)
+    return _sampler_step.philox_normal(seeds, step, tuple(shape), scale, dtype, memory_format == torch.channels_last)
+
+
+def sampler_step(
+    x: Tensor,
+    network_output: Tensor | None = None,
+    c_skip: Tensor | None = None,
+    c_out: Tensor | None = None,
+    *,
+    seeds: Tensor | None = None,
+    step: int = 0,
+    scale: Tensor | float = 1.0,
+    sigma: Tensor | float = 1.0,
+) -> Tensor:
+    """scale·D + σ·n with D = c_skip·x + c_out·F (EDM, eq. 7) and n of `philox_normal`, in one pass.
+
+    Args:
+        x: (B, C, H, W).
+        network_output: F (B, C, H, W), of any floating dtype; without it D = x.
+        c_skip, c_out: 1 or B values, with network_output.
+        seeds: (B,) int64, one for each image; without them the result is D.
+        step: which of the seeds' streams.
+        scale, sigma: numbers, or tensors of 1 or B values on x's device.
+
+    Returns:
+        (B, C, H, W) in x's dtype and memory format, computed in float32. Differentiable in plain torch.
+
+    Raises:
+        ValueError: a shape does not fit, or some of network_output, c_skip and c_out are missing.
+    """
+    _check_images(x, network_output, c_skip, c_out)
+    if seeds is not None:
+        _check_seeds(seeds, x.shape[0])
+        for t in (scale, sigma):
+            _check(not isinstance(t, Tensor) or t.numel() in (1, x.shape[0]), f"{x.shape[0]} values or one are needed")
+    return _sampler_step.sampler_step(x, network_output, c_skip, c_out, seeds, step, scale, sigma)
+
+
+def to_uint8(
+    images: Tensor,
+    network_output: Tensor | None = None,
+    c_skip: Tensor | None = None,
+    c_out: Tensor | None = None,
+) -> Tensor:
+    """clip(D·127.5 + 128, 0, 255), truncated: images D in [-1, 1] to bytes.
+
+    Args:
+        images: (B, C, H, W), any floating dtype: D itself, or x where the rest is given.
+        network_output, c_skip, c_out: as in `sampler_step`, for D = c_skip·x + c_out·F in the same pass.
+
+    Returns:
+        (B, H, W, C) uint8, contiguous; NaN becomes 0.
+
+    Raises:
+        ValueError: images is not four-dimensional, or the rest does not fit it.
+    """
+    _check_images(images, network_output, c_skip, c_out)
+    return _sampler_step.finish_images(images, network_output, c_skip, c_out)
 
 
 def precondition(x: Tensor, network_output: Tensor, c_skip: Tensor, c_out: Tensor) -> Tensor:
-    """D = c_skip·x + c_out·F (EDM, eq. 7), in x's dtype.
+    """D = c_skip·x + c_out·F (EDM, eq. 7), in x's dtype, computed in float32.
 
     Args:
         x, network_output: (B, C, H, W).
-        c_skip, c_out: broadcastable to x.
+        c_skip, c_out: broadcastable to x; with one value for each image, and no gradient wanted, one kernel does it.
 
     Returns:
         (B, C, H, W) in x's dtype.
@@ -345,7 +441,9 @@ def precondition(x: Tensor, network_output: Tensor, c_skip: Tensor, c_out: Tenso
 
 
 def renoise(denoised: Tensor, noise: Tensor, scale: Tensor | float, sigma: Tensor | float) -> Tensor:
-    """x = scale·D + σ·n, the state from which a few-step sampler makes its next call.
+    """x = scale·D + σ·n, the state from which a few-step sampler makes its next call, with noise that is at hand.
+
+    `sampler_step` draws the noise itself and preconditions in the same pass.
 
     Args:
         denoised, noise: (B, C, H, W).
@@ -354,7 +452,7 @@ def renoise(denoised: Tensor, noise: Tensor, scale: Tensor | float, sigma: Tenso
     Returns:
         (B, C, H, W).
     """
-    return _sampler_step.renoise(denoised, noise, scale, sigma)
+    return _renoise(denoised, noise, scale, sigma)
 
 
 __all__ = [
@@ -364,10 +462,12 @@ __all__ = [
     "distribution_matching_loss",
     "fake_score_loss",
     "group_norm_silu",
+    "philox_normal",
     "precondition",
     "projected_attention",
     "renoise",
     "residual_group_norm_silu",
+    "sampler_step",
     "sid_generator_loss",
     "to_uint8",
 ]
