@@ -30,12 +30,10 @@ def _is_silu(activation: str | None) -> bool:
 
 
 def _check_groups(
-    x: Tensor, num_groups: int, vectors: tuple[Tensor | None, ...], rows: tuple[Tensor | None, ...] = ()
+    shape: tuple[int, ...], num_groups: int, vectors: tuple[Tensor | None, ...], rows: tuple[Tensor | None, ...] = ()
 ) -> None:
-    """x (B, C, H, W); vectors (C,) each; rows (B, C) or (1, C) each."""
-    if x.ndim != 4:
-        raise ValueError(f"x must be (B, C, H, W), not {tuple(x.shape)}")
-    batch, channels = x.shape[:2]
+    """shape (B, C, H, W); vectors (C,) each; rows (B, C) or (1, C) each."""
+    batch, channels = shape[:2]
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"{channels} channels do not divide into {num_groups} groups")
     for t in vectors:
@@ -49,36 +47,51 @@ def _check_groups(
 
 
 def group_norm_silu(
-    x: Tensor,
+    x: Tensor | tuple[Tensor, Tensor],
     num_groups: int,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float = 1e-5,
     *,
     emb: Tensor | None = None,
+    input_bias: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     activation: Activation = "silu",
 ) -> Tensor:
-    """silu(norm(x + emb)·(1 + scale) + shift), GroupNorm (Wu & He 2018) with what surrounds it in the networks.
+    """silu(norm(x + emb + input_bias)·(1 + scale) + shift): GroupNorm (Wu & He 2018) and its surroundings.
 
     Args:
-        x: (B, C, H, W).
+        x: (B, C, H, W), or a pair (B, C1, H, W), (B, C2, H, W) of one dtype that is read as its concatenation over the
+            channels, C = C1 + C2, without making one.
         num_groups: divides C; statistics are taken in float32 over C/num_groups channels and all pixels.
         weight, bias: (C,) affine of the norm, or None.
         eps: added to the variance.
         emb, scale, shift: (B, C) or (1, C) each, or None.
+        input_bias: (C,), such as the bias of the convolution that made x, or None.
         activation: "silu", or None for a plain norm.
 
     Returns:
-        (B, C, H, W) in x's dtype and memory format.
+        (B, C, H, W) in x's dtype and memory format (of a pair: the first one's).
 
     Raises:
-        ValueError: a shape does not fit, or the activation is unknown.
+        ValueError: a shape does not fit, the dtypes of a pair differ, or the activation is unknown.
     """
     silu = _is_silu(activation)
-    _check_groups(x, num_groups, (weight, bias), (emb, scale, shift))
-    return _group_norm_silu.group_norm_silu(x, num_groups, weight, bias, eps, emb, scale, shift, silu)
+    first, second = (x, None) if isinstance(x, Tensor) else x
+    if first.ndim != 4:
+        raise ValueError(f"x must be (B, C, H, W), not {tuple(first.shape)}")
+    channels = first.shape[1]
+    if second is not None:
+        if second.ndim != 4 or second.shape[::2] != first.shape[::2] or second.shape[3] != first.shape[3]:
+            raise ValueError(f"a pair must agree but for C, not {tuple(first.shape)} and {tuple(second.shape)}")
+        if second.dtype != first.dtype:
+            raise ValueError(f"a pair must have one dtype, not {first.dtype} and {second.dtype}")
+        channels += second.shape[1]
+    _check_groups((first.shape[0], channels), num_groups, (weight, bias, input_bias), (emb, scale, shift))
+    return _group_norm_silu.group_norm_silu(
+        first, second, num_groups, weight, bias, eps, emb, input_bias, scale, shift, silu
+    )
 
 
 def residual_group_norm_silu(
@@ -109,7 +122,9 @@ def residual_group_norm_silu(
     """
     silu = _is_silu(activation)
     _check(h.shape == skip.shape, f"h {tuple(h.shape)} and skip {tuple(skip.shape)} must have one shape")
-    _check_groups(h, num_groups, (bias, weight, norm_bias))
+    _check(h.ndim == 4, f"h must be (B, C, H, W), not {tuple(h.shape)}")
+    _check(h.dtype == skip.dtype, f"h and skip must have one dtype, not {h.dtype} and {skip.dtype}")
+    _check_groups(tuple(h.shape), num_groups, (bias, weight, norm_bias))
     return _group_norm_silu.residual_group_norm_silu(
         h, skip, bias, skip_scale, num_groups, weight, norm_bias, eps, silu
     )

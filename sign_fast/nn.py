@@ -173,14 +173,15 @@ class GroupNorm(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | tuple[Tensor, Tensor],
         *,
         emb: Tensor | None = None,
+        input_bias: Tensor | None = None,
         scale: Tensor | None = None,
         shift: Tensor | None = None,
         activation: functional.Activation = None,
     ) -> Tensor:
-        """silu(norm(x + emb)·(1 + scale) + shift); with no keyword a plain norm; see `functional.group_norm_silu`."""
+        """silu(norm(x + emb + input_bias)·(1 + scale) + shift); see `functional.group_norm_silu`."""
         return functional.group_norm_silu(
             x,
             self.num_groups,
@@ -188,6 +189,7 @@ class GroupNorm(nn.Module):
             self.bias,
             self.eps,
             emb=emb,
+            input_bias=input_bias,
             scale=scale,
             shift=shift,
             activation=activation,

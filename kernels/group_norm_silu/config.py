@@ -1,0 +1,129 @@
+"""Which GroupNorm–SiLU kernels run, with which blocks: an analytical rule, nothing is timed.
+
+A program takes a bundle of whole groups of one sample. In channels_last a bundle is a run of channels in every pixel:
+at least 32 bytes of it (a memory sector), 64 or more where that leaves programs enough, and a multiple of 16 bytes so
+that every access is that wide. In NCHW a group is one run of memory and a bundle is as many groups as fit.
+
+1. `tile`, one read: where the bundle's pixels fit in registers. A thread holds 32 to 64 of the tile's elements; more
+   spill, as the code-generation table shows, which gives the caps below.
+2. `loop`, a second walk of the same program over its pixels: where there is a program for every multiprocessor and
+   what runs at a time fits into the L2 cache with room to spare, so that the second read comes
+   from there; or where a program's own share is small.
+3. `split`, spans of pixels shared out over a workspace: few large samples.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ..device import Device
+
+MAX_GROUP_CHANNELS = 8192  # a wider group's channels alone would fill a program's registers
+SPANS = 64  # of a split sample at most: every program adds all of them up
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call runs.
+
+    Args:
+        strategy: tile, loop or split, see the module text.
+        bundle: channels a program takes, whole groups.
+        block_channels, block_pixels: its tile, powers of two.
+        span: pixels a program takes where the sample is split, else all of them.
+        num_warps: of a program.
+    """
+
+    strategy: Literal["tile", "loop", "split"]
+    bundle: int
+    block_channels: int
+    block_pixels: int
+    span: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the rule looks at; `tensors` counts the activations read, `joins` the residual form."""
+
+    batch: int
+    channels: int
+    pixels: int
+    groups: int
+    itemsize: int
+    channels_last: bool
+    backward: bool = False
+    joins: bool = False
+
+
+# {device name: {Call with batch=0: Plan}}: measured exceptions to the rule, by hand or by benchmarks, for any batch
+TUNED: dict[str, dict[Call, Plan]] = {}
+
+
+def power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _tile_cap(call: Call) -> int:
+    """Elements of a tile that 16 warps (8 in float32 backward) hold without spilling."""
+    return 16384 if call.backward or call.joins else 32768
+
+
+def _warps(elements: int, per_thread: int, most: int) -> int:
+    return max(1, min(most, power_of_two(elements) // (32 * per_thread)))
+
+
+def _bundles(call: Call) -> list[int]:
+    """Widths to choose from, narrowest first."""
+    group = call.channels // call.groups
+    if not call.channels_last:
+        return [group * n for n in range(1, call.groups + 1) if call.groups % n == 0]
+    unit = group
+    if call.channels * call.itemsize % 16 == 0:
+        unit = math.lcm(group, 16 // call.itemsize)
+        if unit > 512:  # odd, wide groups: narrower accesses cost less than such a bundle
+            unit = group
+    widths = [unit * n for n in range(1, call.channels // unit + 1) if call.channels // unit % n == 0]
+    wide = [width for width in widths if width * call.itemsize >= 32]
+    return wide or widths[-1:]
+
+
+def plan(call: Call, device: Device) -> Plan:
+    """The launch configuration of one forward or backward call on `device`."""
+    tuned = TUNED.get(device.name, {}).get(replace(call, batch=0))
+    if tuned is not None:
+        return tuned
+    widths = _bundles(call)
+    line = 128 // call.itemsize  # more than a cache line a pixel brings nothing
+    enough = 2 * device.multiprocessors
+    pixels = power_of_two(call.pixels)
+
+    def programs(width: int) -> int:
+        return call.batch * (call.channels // width)
+
+    fitting = [w for w in widths if power_of_two(w) * pixels <= _tile_cap(call)]
+    if fitting:
+        # the widest that leaves two programs for every multiprocessor
+        good = [w for w in fitting if programs(w) >= enough and (w <= line or not call.channels_last)]
+        width = good[-1] if good else fitting[0]
+        per_thread, most = (64, 8) if call.backward and call.itemsize == 4 else (32, 16)
+        warps = _warps(power_of_two(width) * pixels, per_thread, most)
+        return Plan("tile", width, power_of_two(width), pixels, call.pixels, warps)
+
+    width = widths[0]
+    if call.channels_last:
+        good = [w for w in widths if programs(w) >= enough and w * call.itemsize <= 64]
+        width = good[-1] if good else width
+    # 16 warps, one program a multiprocessor: fewer bytes at a time to keep in the cache; loads run ahead of their use
+    block = power_of_two(width)
+    step = min(pixels, max(1, (4096 if call.backward or call.joins else 8192) // block))
+    warps = _warps(block * step, 8 if call.backward or call.joins else 16, 16)
+    own = width * call.pixels * call.itemsize * (2 if call.backward or call.joins else 1)
+    at_a_time = own * min(programs(width), device.multiprocessors)
+    if own <= 96 << 10 or (programs(width) >= device.multiprocessors and at_a_time <= 0.7 * device.l2_bytes):
+        return Plan("loop", width, block, step, call.pixels, warps)
+    spans = max(1, min(SPANS, math.ceil(enough / programs(width)), math.ceil(call.pixels / step)))
+    span = math.ceil(call.pixels / spans / step) * step
+    return Plan("split", width, block, step, span, warps)

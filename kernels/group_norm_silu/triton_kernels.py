@@ -1,0 +1,557 @@
+"""GroupNorm–SiLU on a GPU.
+
+A program owns a bundle of whole groups of one sample. `*_tile` holds all its pixels on chip: one read, one write.
+`*_loop` walks over them twice, the second time from the L2 cache. `*_partial` and `*_apply` share a sample's pixels
+among programs through a workspace, for few large samples. Channels that fill a tile up to a power of two are masked.
+
+The input is u = x + emb + input_bias, x being one tensor, two read as concatenated (PAIR), or a residual sum that is
+written on the way (JOIN). Sums run around a rough mean of the group so that a large mean costs no digits; the mean is
+kept as that rough mean and a small correction.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _silu(v):
+    return v * tl.sigmoid(v)
+
+
+@triton.jit
+def _silu_slope(v):
+    s = tl.sigmoid(v)
+    return s * (1.0 + v * (1.0 - s))
+
+
+@triton.jit
+def _group_sum(values, GROUP_CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr):
+    """(BLOCK_C,) values -> in every channel the sum over its group."""
+    if BLOCK_G == 1:
+        return tl.zeros([BLOCK_C], tl.float32) + tl.sum(values, 0)
+    else:
+        member = (tl.arange(0, BLOCK_C) // GROUP_CHANNELS)[:, None] == tl.arange(0, BLOCK_G)[None, :]
+        sums = tl.sum(tl.where(member, values[:, None], 0.0), 0)
+        return tl.sum(tl.where(member, sums[None, :], 0.0), 1)
+
+
+@triton.jit
+def _vector(pointer, at, mask, absent):
+    """Float values of an optional per-channel parameter."""
+    if pointer is None:
+        return tl.zeros_like(at).to(tl.float32) + absent
+    else:
+        return tl.load(pointer + at, mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _added(emb, emb_row, input_bias, b, c, mask):
+    return _vector(emb, b * emb_row + c, mask, 0.0) + _vector(input_bias, c, mask, 0.0)
+
+
+@triton.jit
+def _affine(weight, bias, scale, scale_row, shift, shift_row, b, c, mask):
+    """v = xhat·gain + offset, from the norm's and the adaptive scale and shift."""
+    adaptive = 1.0 + _vector(scale, b * scale_row + c, mask, 0.0)
+    gain = _vector(weight, c, mask, 1.0) * adaptive
+    offset = _vector(bias, c, mask, 0.0) * adaptive + _vector(shift, b * shift_row + c, mask, 0.0)
+    return gain, offset
+
+
+@triton.jit
+def _load(x, x2, p, c, mask, first_channels, x_pixel, x_channel, x2_pixel, x2_channel, PAIR: tl.constexpr):
+    """A (pixels, channels) tile of the input in its own dtype; x and x2 point at the sample."""
+    if PAIR:
+        left = (c < first_channels)[None, :]
+        a = tl.load(x + (p[:, None] * x_pixel + c[None, :] * x_channel), mask & left, other=0.0)
+        at = p[:, None] * x2_pixel + (c - first_channels)[None, :] * x2_channel
+        return tl.where(left, a, tl.load(x2 + at, mask & (c >= first_channels)[None, :], other=0.0))
+    else:
+        return tl.load(x + (p[:, None] * x_pixel + c[None, :] * x_channel), mask, other=0.0)
+
+
+@triton.jit
+def _join(tile, skip, r, join_bias, skip_scale, at, c, mask_c, mask):
+    """r = (tile + join_bias + skip)·skip_scale, rounded to the activations' type and written as the residual stream."""
+    other = tl.load(skip + at, mask, other=0.0).to(tl.float32)
+    total = (tile.to(tl.float32) + _vector(join_bias, c, mask_c, 0.0)[None, :] + other) * skip_scale
+    tile = total.to(r.dtype.element_ty)
+    tl.store(r + at, tile, mask)
+    return tile
+
+
+@triton.jit
+def _bundle(bundles, channels, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr):
+    """This program's sample, bundle, channels and which of them exist."""
+    program = tl.program_id(0)
+    b = program // bundles
+    lane = tl.arange(0, BLOCK_C)
+    c = (program % bundles) * BUNDLE + lane
+    return b, c, (lane < BUNDLE) & (c < channels)
+
+
+@triton.jit
+def _write_stats(stats, b, groups, c, mask_c, rough, gap, rstd, GROUP_CHANNELS: tl.constexpr):
+    first = mask_c & (c % GROUP_CHANNELS == 0)
+    at = stats + (b * groups + c // GROUP_CHANNELS) * 3
+    tl.store(at, rough, first)
+    tl.store(at + 1, gap, first)
+    tl.store(at + 2, rstd, first)
+
+
+@triton.jit
+def forward_tile(
+    x, x2, skip, r, y, stats, join_bias, skip_scale, weight, bias, emb, input_bias, scale, shift, eps,
+    bundles, channels, first_channels, pixels, emb_row, scale_row, shift_row,
+    x_batch, x_pixel, x_channel, x2_batch, x2_pixel, x2_channel, y_batch, y_pixel, y_channel,
+    GROUP_CHANNELS: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_P: tl.constexpr, PAIR: tl.constexpr, JOIN: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """One read, one write: the whole (pixels × bundle) tile stays in registers."""
+    b, c, mask_c = _bundle(bundles, channels, BUNDLE, BLOCK_C)
+    wide = b.to(tl.int64)
+    p = tl.arange(0, BLOCK_P)
+    mask = (p < pixels)[:, None] & mask_c[None, :]
+    tile = _load(
+        x + wide * x_batch, x2 if x2 is None else x2 + wide * x2_batch, p, c, mask, first_channels,
+        x_pixel, x_channel, x2_pixel, x2_channel, PAIR,
+    )  # fmt: skip
+    at = wide * y_batch + (p[:, None] * y_pixel + c[None, :] * y_channel)
+    if JOIN:
+        tile = _join(tile, skip, r, join_bias, skip_scale, at, c, mask_c, mask)
+
+    added = _added(emb, emb_row, input_bias, b, c, mask_c)
+    gain, offset = _affine(weight, bias, scale, scale_row, shift, shift_row, b, c, mask_c)
+    count = (GROUP_CHANNELS * pixels) * 1.0
+    u = tl.where(mask, tile.to(tl.float32) + added[None, :], 0.0)
+    rough = _group_sum(tl.sum(u, 0), GROUP_CHANNELS, BLOCK_C, BLOCK_G) / count
+    d = tl.where(mask, (tile.to(tl.float32) - rough[None, :]) + added[None, :], 0.0)
+    gap = _group_sum(tl.sum(d, 0), GROUP_CHANNELS, BLOCK_C, BLOCK_G) / count
+    square = _group_sum(tl.sum(d * d, 0), GROUP_CHANNELS, BLOCK_C, BLOCK_G) / count
+    rstd = tl.rsqrt(tl.maximum(square - gap * gap, 0.0) + eps)
+    if stats is not None:
+        _write_stats(stats, b, channels // GROUP_CHANNELS, c, mask_c, rough, gap, rstd, GROUP_CHANNELS)
+
+    rest = added - gap
+    d = (tile.to(tl.float32) - rough[None, :]) + rest[None, :]
+    v = d * (rstd * gain)[None, :] + offset[None, :]
+    tl.store(y + at, _silu(v) if SILU else v, mask)
+
+
+@triton.jit
+def forward_loop(
+    x, x2, skip, r, y, stats, join_bias, skip_scale, weight, bias, emb, input_bias, scale, shift, eps,
+    bundles, channels, first_channels, pixels, emb_row, scale_row, shift_row,
+    x_batch, x_pixel, x_channel, x2_batch, x2_pixel, x2_channel, y_batch, y_pixel, y_channel,
+    GROUP_CHANNELS: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_P: tl.constexpr, PAIR: tl.constexpr, JOIN: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """Two walks over the bundle's pixels in steps of BLOCK_P; the second finds them in the L2 cache."""
+    b, c, mask_c = _bundle(bundles, channels, BUNDLE, BLOCK_C)
+    wide = b.to(tl.int64)
+    x += wide * x_batch
+    x2 = x2 if x2 is None else x2 + wide * x2_batch
+    base = wide * y_batch
+    added = _added(emb, emb_row, input_bias, b, c, mask_c)
+    count = (GROUP_CHANNELS * pixels) * 1.0
+
+    rough = tl.zeros([BLOCK_C], tl.float32)
+    s1 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    s2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in tl.range(0, pixels, BLOCK_P, num_stages=3):
+        p = start + tl.arange(0, BLOCK_P)
+        mask = (p < pixels)[:, None] & mask_c[None, :]
+        tile = _load(x, x2, p, c, mask, first_channels, x_pixel, x_channel, x2_pixel, x2_channel, PAIR)
+        if JOIN:
+            at = base + (p[:, None] * y_pixel + c[None, :] * y_channel)
+            tile = _join(tile, skip, r, join_bias, skip_scale, at, c, mask_c, mask)
+        if start == 0:  # the first step's mean lies within √(steps) standard deviations of the whole one
+            u = tl.where(mask, tile.to(tl.float32) + added[None, :], 0.0)
+            some = GROUP_CHANNELS * tl.minimum(pixels, BLOCK_P) * 1.0
+            rough = _group_sum(tl.sum(u, 0), GROUP_CHANNELS, BLOCK_C, BLOCK_G) / some
+        d = tl.where(mask, (tile.to(tl.float32) - rough[None, :]) + added[None, :], 0.0)
+        s1 += d
+        s2 += d * d
+    gap = _group_sum(tl.sum(s1, 0), GROUP_CHANNELS, BLOCK_C, BLOCK_G) / count
+    square = _group_sum(tl.sum(s2, 0), GROUP_CHANNELS, BLOCK_C, BLOCK_G) / count
+    rstd = tl.rsqrt(tl.maximum(square - gap * gap, 0.0) + eps)
+    if stats is not None:
+        _write_stats(stats, b, channels // GROUP_CHANNELS, c, mask_c, rough, gap, rstd, GROUP_CHANNELS)
+
+    gain, offset = _affine(weight, bias, scale, scale_row, shift, shift_row, b, c, mask_c)
+    factor = rstd * gain
+    rest = added - gap
+    for start in tl.range(0, pixels, BLOCK_P, num_stages=3):
+        p = start + tl.arange(0, BLOCK_P)
+        mask = (p < pixels)[:, None] & mask_c[None, :]
+        at = base + (p[:, None] * y_pixel + c[None, :] * y_channel)
+        if JOIN:
+            tile = tl.load(r + at, mask, other=0.0)
+        else:
+            tile = _load(x, x2, p, c, mask, first_channels, x_pixel, x_channel, x2_pixel, x2_channel, PAIR)
+        d = (tile.to(tl.float32) - rough[None, :]) + rest[None, :]
+        v = d * factor[None, :] + offset[None, :]
+        tl.store(y + at, _silu(v) if SILU else v, mask)
+
+
+@triton.jit
+def forward_partial(
+    x, x2, skip, r, workspace, join_bias, skip_scale, emb, input_bias,
+    bundles, channels, first_channels, pixels, span, emb_row,
+    x_batch, x_pixel, x_channel, x2_batch, x2_pixel, x2_channel, y_batch, y_pixel, y_channel,
+    GROUP_CHANNELS: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_P: tl.constexpr, PAIR: tl.constexpr, JOIN: tl.constexpr,
+):  # fmt: skip
+    """Rough mean, correction and variance of one span of pixels -> workspace (B, spans, G, 3)."""
+    b, c, mask_c = _bundle(bundles, channels, BUNDLE, BLOCK_C)
+    wide = b.to(tl.int64)
+    x += wide * x_batch
+    x2 = x2 if x2 is None else x2 + wide * x2_batch
+    added = _added(emb, emb_row, input_bias, b, c, mask_c)
+    first = tl.program_id(1) * span
+    last = tl.minimum(first + span, pixels)
+
+    rough = tl.zeros([BLOCK_C], tl.float32)
+    s1 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    s2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in tl.range(first, last, BLOCK_P, num_stages=3):
+        p = start + tl.arange(0, BLOCK_P)
+        mask = (p < last)[:, None] & mask_c[None, :]
+        tile = _load(x, x2, p, c, mask, first_channels, x_pixel, x_channel, x2_pixel, x2_channel, PAIR)
+        if JOIN:
+            at = wide * y_batch + (p[:, None] * y_pixel + c[None, :] * y_channel)
+            tile = _join(tile, skip, r, join_bias, skip_scale, at, c, mask_c, mask)
+        if start == first:
+            u = tl.where(mask, tile.to(tl.float32) + added[None, :], 0.0)
+            some = GROUP_CHANNELS * tl.minimum(last - first, BLOCK_P) * 1.0
+            rough = _group_sum(tl.sum(u, 0), GROUP_CHANNELS, BLOCK_C, BLOCK_G) / some
+        d = tl.where(mask, (tile.to(tl.float32) - rough[None, :]) + added[None, :], 0.0)
+        s1 += d
+        s2 += d * d
+    count = GROUP_CHANNELS * (last - first) * 1.0
+    gap = _group_sum(tl.sum(s1, 0), GROUP_CHANNELS, BLOCK_C, BLOCK_G) / count
+    square = _group_sum(tl.sum(s2, 0), GROUP_CHANNELS, BLOCK_C, BLOCK_G) / count
+    row = b * tl.num_programs(1) + tl.program_id(1)
+    _write_stats(
+        workspace, row, channels // GROUP_CHANNELS, c, mask_c, rough, gap,
+        tl.maximum(square - gap * gap, 0.0), GROUP_CHANNELS,
+    )  # fmt: skip
+
+
+@triton.jit
+def forward_apply(
+    x, x2, y, stats, workspace, weight, bias, emb, input_bias, scale, shift, eps,
+    bundles, channels, first_channels, pixels, span, spans, emb_row, scale_row, shift_row,
+    x_batch, x_pixel, x_channel, x2_batch, x2_pixel, x2_channel, y_batch, y_pixel, y_channel,
+    GROUP_CHANNELS: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_P: tl.constexpr, PAIR: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """Combines the spans' moments (Chan, Golub & LeVeque 1979) and normalises one span."""
+    # the last programs of forward_partial ran last: what they read is what the L2 cache still holds
+    b, c, mask_c = _bundle(bundles, channels, BUNDLE, BLOCK_C)
+    part = tl.num_programs(1) - 1 - tl.program_id(1)
+    groups = channels // GROUP_CHANNELS
+    s = tl.arange(0, BLOCK_S)
+    at_s = workspace + ((b * spans + s)[:, None] * groups + (c // GROUP_CHANNELS)[None, :]) * 3
+    mask_s = (s < spans)[:, None] & mask_c[None, :]
+    size = tl.minimum(pixels - s * span, span).to(tl.float32)[:, None] / pixels
+    size = tl.where(mask_s, size, 0.0)
+    rough_s = tl.load(at_s, mask_s, other=0.0)
+    rough = tl.sum(tl.where(s[:, None] == 0, rough_s, 0.0), 0)
+    mean_s = (rough_s - rough[None, :]) + tl.load(at_s + 1, mask_s, other=0.0)
+    gap = tl.sum(mean_s * size, 0)
+    off = tl.where(mask_s, mean_s - gap[None, :], 0.0)
+    rstd = tl.rsqrt(tl.sum((tl.load(at_s + 2, mask_s, other=0.0) + off * off) * size, 0) + eps)
+    if stats is not None:
+        # every span's program holds the same numbers; the first one writes them
+        _write_stats(stats, b, groups, c, mask_c & (part == 0), rough, gap, rstd, GROUP_CHANNELS)
+
+    wide = b.to(tl.int64)
+    x += wide * x_batch
+    x2 = x2 if x2 is None else x2 + wide * x2_batch
+    gain, offset = _affine(weight, bias, scale, scale_row, shift, shift_row, b, c, mask_c)
+    factor = rstd * gain
+    rest = _added(emb, emb_row, input_bias, b, c, mask_c) - gap
+    last = tl.minimum(part * span + span, pixels)
+    for start in tl.range(part * span, last, BLOCK_P, num_stages=3):
+        p = start + tl.arange(0, BLOCK_P)
+        mask = (p < last)[:, None] & mask_c[None, :]
+        tile = _load(x, x2, p, c, mask, first_channels, x_pixel, x_channel, x2_pixel, x2_channel, PAIR)
+        d = (tile.to(tl.float32) - rough[None, :]) + rest[None, :]
+        v = d * factor[None, :] + offset[None, :]
+        at = wide * y_batch + (p[:, None] * y_pixel + c[None, :] * y_channel)
+        tl.store(y + at, _silu(v) if SILU else v, mask)
+
+
+@triton.jit
+def _load_stats(stats, b, groups, c, mask_c, GROUP_CHANNELS: tl.constexpr):
+    at = stats + (b * groups + c // GROUP_CHANNELS) * 3
+    rough = tl.load(at, mask_c, other=0.0)
+    return rough, tl.load(at + 1, mask_c, other=0.0), tl.load(at + 2, mask_c, other=0.0)
+
+
+@triton.jit
+def _input_gradient(tile, slope, rough, rest, rstd, mean_dx, mean_dx_xhat, gain):
+    """rstd·(dxhat − mean(dxhat) − xhat·mean(dxhat·xhat)) with dxhat = slope·gain."""
+    xhat = ((tile.to(tl.float32) - rough[None, :]) + rest[None, :]) * rstd[None, :]
+    return (slope * gain[None, :] - mean_dx[None, :] - xhat * mean_dx_xhat[None, :]) * rstd[None, :]
+
+
+@triton.jit
+def _slope(dy, xhat, gain, offset, SILU: tl.constexpr):
+    """dv = dy·silu'(v), v recomputed."""
+    dv = dy.to(tl.float32)
+    if SILU:
+        dv = dv * _silu_slope(xhat * gain[None, :] + offset[None, :])
+    return dv
+
+
+@triton.jit
+def _finish_tile(
+    dx, dx2, stream, skip_scale, total, p, c, mask, first_channels, at,
+    x_pixel, x_channel, x2_pixel, x2_channel, PAIR: tl.constexpr,
+):  # fmt: skip
+    """Adds the residual stream's gradient, scales, writes; returns the gradient before rounding."""
+    if stream is not None:
+        total += tl.load(stream + at, mask, other=0.0).to(tl.float32)
+    total *= skip_scale
+    if PAIR:
+        left = (c < first_channels)[None, :]
+        tl.store(dx + (p[:, None] * x_pixel + c[None, :] * x_channel), total, mask & left)
+        at2 = p[:, None] * x2_pixel + (c - first_channels)[None, :] * x2_channel
+        tl.store(dx2 + at2, total, mask & (c >= first_channels)[None, :])
+    else:
+        tl.store(dx + (p[:, None] * x_pixel + c[None, :] * x_channel), total, mask)
+    return total
+
+
+@triton.jit
+def backward_tile(
+    dy, x, x2, stream, dx, dx2, sums, stats, skip_scale, weight, bias, emb, input_bias, scale, shift,
+    bundles, channels, first_channels, pixels, plane, emb_row, scale_row, shift_row,
+    x_batch, x_pixel, x_channel, x2_batch, x2_pixel, x2_channel,
+    dx_batch, dx_pixel, dx_channel, dx2_batch, dx2_pixel, dx2_channel, y_batch, y_pixel, y_channel,
+    GROUP_CHANNELS: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_P: tl.constexpr, PAIR: tl.constexpr, SILU: tl.constexpr, INPUT_SUM: tl.constexpr,
+):  # fmt: skip
+    """Two reads, one write. sums (3, B, C), `plane` apart: Σdv, Σdv·xhat and, with INPUT_SUM, Σdx over the pixels."""
+    b, c, mask_c = _bundle(bundles, channels, BUNDLE, BLOCK_C)
+    wide = b.to(tl.int64)
+    p = tl.arange(0, BLOCK_P)
+    mask = (p < pixels)[:, None] & mask_c[None, :]
+    tile = _load(
+        x + wide * x_batch, x2 if x2 is None else x2 + wide * x2_batch, p, c, mask, first_channels,
+        x_pixel, x_channel, x2_pixel, x2_channel, PAIR,
+    )  # fmt: skip
+    at = wide * y_batch + (p[:, None] * y_pixel + c[None, :] * y_channel)
+    upstream = tl.load(dy + at, mask, other=0.0)
+
+    groups = channels // GROUP_CHANNELS
+    rough, gap, rstd = _load_stats(stats, b, groups, c, mask_c, GROUP_CHANNELS)
+    gain, offset = _affine(weight, bias, scale, scale_row, shift, shift_row, b, c, mask_c)
+    rest = _added(emb, emb_row, input_bias, b, c, mask_c) - gap
+    xhat = ((tile.to(tl.float32) - rough[None, :]) + rest[None, :]) * rstd[None, :]
+    dv = _slope(upstream, xhat, gain, offset, SILU)  # 0 where masked
+    s0 = tl.sum(dv, 0)
+    s1 = tl.sum(dv * xhat, 0)
+    row = b * channels + c
+    tl.store(sums + row, s0, mask_c)
+    tl.store(sums + plane + row, s1, mask_c)
+    count = (GROUP_CHANNELS * pixels) * 1.0
+    mean_dx = _group_sum(s0 * gain, GROUP_CHANNELS, BLOCK_C, BLOCK_G) / count
+    mean_dx_xhat = _group_sum(s1 * gain, GROUP_CHANNELS, BLOCK_C, BLOCK_G) / count
+    total = _input_gradient(tile, dv, rough, rest, rstd, mean_dx, mean_dx_xhat, gain)
+    total = _finish_tile(
+        dx + wide * dx_batch, dx2 if dx2 is None else dx2 + wide * dx2_batch, stream, skip_scale, total, p, c, mask,
+        first_channels, at, dx_pixel, dx_channel, dx2_pixel, dx2_channel, PAIR,
+    )  # fmt: skip
+    if INPUT_SUM:
+        tl.store(sums + 2 * plane + row, tl.sum(tl.where(mask, total, 0.0), 0), mask_c)
+
+
+@triton.jit
+def backward_loop(
+    dy, x, x2, stream, dx, dx2, sums, stats, skip_scale, weight, bias, emb, input_bias, scale, shift,
+    bundles, channels, first_channels, pixels, plane, emb_row, scale_row, shift_row,
+    x_batch, x_pixel, x_channel, x2_batch, x2_pixel, x2_channel,
+    dx_batch, dx_pixel, dx_channel, dx2_batch, dx2_pixel, dx2_channel, y_batch, y_pixel, y_channel,
+    GROUP_CHANNELS: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_P: tl.constexpr, PAIR: tl.constexpr, SILU: tl.constexpr, INPUT_SUM: tl.constexpr,
+):  # fmt: skip
+    """`backward_tile` in steps of BLOCK_P pixels, the second walk from the L2 cache."""
+    b, c, mask_c = _bundle(bundles, channels, BUNDLE, BLOCK_C)
+    wide = b.to(tl.int64)
+    x += wide * x_batch
+    x2 = x2 if x2 is None else x2 + wide * x2_batch
+    dx += wide * dx_batch
+    dx2 = dx2 if dx2 is None else dx2 + wide * dx2_batch
+    rough, gap, rstd = _load_stats(stats, b, channels // GROUP_CHANNELS, c, mask_c, GROUP_CHANNELS)
+    gain, offset = _affine(weight, bias, scale, scale_row, shift, shift_row, b, c, mask_c)
+    rest = _added(emb, emb_row, input_bias, b, c, mask_c) - gap
+
+    t0 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    t1 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in tl.range(0, pixels, BLOCK_P, num_stages=3):
+        p = start + tl.arange(0, BLOCK_P)
+        mask = (p < pixels)[:, None] & mask_c[None, :]
+        tile = _load(x, x2, p, c, mask, first_channels, x_pixel, x_channel, x2_pixel, x2_channel, PAIR)
+        at = wide * y_batch + (p[:, None] * y_pixel + c[None, :] * y_channel)
+        xhat = ((tile.to(tl.float32) - rough[None, :]) + rest[None, :]) * rstd[None, :]
+        dv = _slope(tl.load(dy + at, mask, other=0.0), xhat, gain, offset, SILU)
+        t0 += dv
+        t1 += dv * xhat
+    s0 = tl.sum(t0, 0)
+    s1 = tl.sum(t1, 0)
+    row = b * channels + c
+    tl.store(sums + row, s0, mask_c)
+    tl.store(sums + plane + row, s1, mask_c)
+    count = (GROUP_CHANNELS * pixels) * 1.0
+    mean_dx = _group_sum(s0 * gain, GROUP_CHANNELS, BLOCK_C, BLOCK_G) / count
+    mean_dx_xhat = _group_sum(s1 * gain, GROUP_CHANNELS, BLOCK_C, BLOCK_G) / count
+
+    t2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in tl.range(0, pixels, BLOCK_P, num_stages=3):
+        p = start + tl.arange(0, BLOCK_P)
+        mask = (p < pixels)[:, None] & mask_c[None, :]
+        tile = _load(x, x2, p, c, mask, first_channels, x_pixel, x_channel, x2_pixel, x2_channel, PAIR)
+        at = wide * y_batch + (p[:, None] * y_pixel + c[None, :] * y_channel)
+        xhat = ((tile.to(tl.float32) - rough[None, :]) + rest[None, :]) * rstd[None, :]
+        dv = _slope(tl.load(dy + at, mask, other=0.0), xhat, gain, offset, SILU)
+        total = _input_gradient(tile, dv, rough, rest, rstd, mean_dx, mean_dx_xhat, gain)
+        total = _finish_tile(
+            dx, dx2, stream, skip_scale, total, p, c, mask, first_channels, at,
+            dx_pixel, dx_channel, dx2_pixel, dx2_channel, PAIR,
+        )  # fmt: skip
+        if INPUT_SUM:
+            t2 += tl.where(mask, total, 0.0)
+    if INPUT_SUM:
+        tl.store(sums + 2 * plane + row, tl.sum(t2, 0), mask_c)
+
+
+@triton.jit
+def backward_partial(
+    dy, x, x2, workspace, stats, weight, bias, emb, input_bias, scale, shift,
+    bundles, channels, first_channels, pixels, span, plane, emb_row, scale_row, shift_row,
+    x_batch, x_pixel, x_channel, x2_batch, x2_pixel, x2_channel, y_batch, y_pixel, y_channel,
+    GROUP_CHANNELS: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr, PAIR: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """Σdv and Σdv·xhat of one span of pixels -> workspace (3, B, spans, C), `plane` apart."""
+    b, c, mask_c = _bundle(bundles, channels, BUNDLE, BLOCK_C)
+    wide = b.to(tl.int64)
+    x += wide * x_batch
+    x2 = x2 if x2 is None else x2 + wide * x2_batch
+    rough, gap, rstd = _load_stats(stats, b, channels // GROUP_CHANNELS, c, mask_c, GROUP_CHANNELS)
+    gain, offset = _affine(weight, bias, scale, scale_row, shift, shift_row, b, c, mask_c)
+    rest = _added(emb, emb_row, input_bias, b, c, mask_c) - gap
+    first = tl.program_id(1) * span
+    last = tl.minimum(first + span, pixels)
+    t0 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    t1 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in tl.range(first, last, BLOCK_P, num_stages=3):
+        p = start + tl.arange(0, BLOCK_P)
+        mask = (p < last)[:, None] & mask_c[None, :]
+        tile = _load(x, x2, p, c, mask, first_channels, x_pixel, x_channel, x2_pixel, x2_channel, PAIR)
+        at = wide * y_batch + (p[:, None] * y_pixel + c[None, :] * y_channel)
+        xhat = ((tile.to(tl.float32) - rough[None, :]) + rest[None, :]) * rstd[None, :]
+        dv = _slope(tl.load(dy + at, mask, other=0.0), xhat, gain, offset, SILU)
+        t0 += dv
+        t1 += dv * xhat
+    row = (b * tl.num_programs(1) + tl.program_id(1)) * channels + c
+    tl.store(workspace + row, tl.sum(t0, 0), mask_c)
+    tl.store(workspace + plane + row, tl.sum(t1, 0), mask_c)
+
+
+@triton.jit
+def backward_apply(
+    dy, x, x2, stream, dx, dx2, workspace, stats, skip_scale, weight, bias, emb, input_bias, scale, shift,
+    bundles, channels, first_channels, pixels, span, spans, plane, emb_row, scale_row, shift_row,
+    x_batch, x_pixel, x_channel, x2_batch, x2_pixel, x2_channel,
+    dx_batch, dx_pixel, dx_channel, dx2_batch, dx2_pixel, dx2_channel, y_batch, y_pixel, y_channel,
+    GROUP_CHANNELS: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, PAIR: tl.constexpr, SILU: tl.constexpr, INPUT_SUM: tl.constexpr,
+):  # fmt: skip
+    """Adds the spans' sums up and writes the input gradient of one span; its own Σdx goes to the workspace."""
+    b, c, mask_c = _bundle(bundles, channels, BUNDLE, BLOCK_C)
+    part = tl.num_programs(1) - 1 - tl.program_id(1)  # as in forward_apply: the last span read is still in the cache
+    wide = b.to(tl.int64)
+    x += wide * x_batch
+    x2 = x2 if x2 is None else x2 + wide * x2_batch
+    dx += wide * dx_batch
+    dx2 = dx2 if dx2 is None else dx2 + wide * dx2_batch
+    rough, gap, rstd = _load_stats(stats, b, channels // GROUP_CHANNELS, c, mask_c, GROUP_CHANNELS)
+    gain, offset = _affine(weight, bias, scale, scale_row, shift, shift_row, b, c, mask_c)
+    rest = _added(emb, emb_row, input_bias, b, c, mask_c) - gap
+
+    s = tl.arange(0, BLOCK_S)
+    at_s = workspace + (b * spans + s)[:, None] * channels + c[None, :]
+    mask_s = (s < spans)[:, None] & mask_c[None, :]
+    count = (GROUP_CHANNELS * pixels) * 1.0
+    s0 = tl.sum(tl.load(at_s, mask_s, other=0.0), 0)
+    s1 = tl.sum(tl.load(at_s + plane, mask_s, other=0.0), 0)
+    mean_dx = _group_sum(s0 * gain, GROUP_CHANNELS, BLOCK_C, BLOCK_G) / count
+    mean_dx_xhat = _group_sum(s1 * gain, GROUP_CHANNELS, BLOCK_C, BLOCK_G) / count
+
+    t2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    last = tl.minimum(part * span + span, pixels)
+    for start in tl.range(part * span, last, BLOCK_P, num_stages=3):
+        p = start + tl.arange(0, BLOCK_P)
+        mask = (p < last)[:, None] & mask_c[None, :]
+        tile = _load(x, x2, p, c, mask, first_channels, x_pixel, x_channel, x2_pixel, x2_channel, PAIR)
+        at = wide * y_batch + (p[:, None] * y_pixel + c[None, :] * y_channel)
+        xhat = ((tile.to(tl.float32) - rough[None, :]) + rest[None, :]) * rstd[None, :]
+        dv = _slope(tl.load(dy + at, mask, other=0.0), xhat, gain, offset, SILU)
+        total = _input_gradient(tile, dv, rough, rest, rstd, mean_dx, mean_dx_xhat, gain)
+        total = _finish_tile(
+            dx, dx2, stream, skip_scale, total, p, c, mask, first_channels, at,
+            dx_pixel, dx_channel, dx2_pixel, dx2_channel, PAIR,
+        )  # fmt: skip
+        if INPUT_SUM:
+            t2 += tl.where(mask, total, 0.0)
+    if INPUT_SUM:
+        row = (b * spans + part) * channels + c
+        tl.store(workspace + 2 * plane + row, tl.sum(t2, 0), mask_c)
+
+
+@triton.jit
+def fold_spans(workspace, sums, spans, channels, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
+    """workspace (rows, spans, C) -> sums (rows, C), a row for each kind of sum and sample."""
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    s = tl.arange(0, BLOCK_S)
+    row = tl.program_id(0)
+    mask = (s < spans)[:, None] & (c < channels)[None, :]
+    values = tl.load(workspace + (row * spans + s)[:, None] * channels + c[None, :], mask, other=0.0)
+    tl.store(sums + row * channels + c, tl.sum(values, 0), c < channels)
+
+
+@triton.jit
+def parameter_gradients(
+    sums, weight, bias, scale, scale_row, vectors, dscale, batch, channels, plane,
+    BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """From sums (3, B, C): vectors (3, C) = dweight, dbias, Σ over the batch of the third sum; dscale (B, C)."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = c < channels
+    w = _vector(weight, c, mask_c, 1.0)
+    o = _vector(bias, c, mask_c, 0.0)
+    dweight = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
+    dbias = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
+    dinput = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
+    for first in range(0, batch, BLOCK_B):
+        b = first + tl.arange(0, BLOCK_B)
+        mask = (b < batch)[:, None] & mask_c[None, :]
+        at = b[:, None] * channels + c[None, :]
+        s0 = tl.load(sums + at, mask, other=0.0)
+        s1 = tl.load(sums + plane + at, mask, other=0.0)
+        dinput += tl.load(sums + 2 * plane + at, mask, other=0.0)
+        if scale is None:
+            dweight += s1
+            dbias += s0
+        else:
+            adaptive = 1.0 + tl.load(scale + b[:, None] * scale_row + c[None, :], mask, other=0.0).to(tl.float32)
+            dweight += s1 * adaptive
+            dbias += s0 * adaptive
+            tl.store(dscale + at, s1 * w[None, :] + s0 * o[None, :], mask)
+    tl.store(vectors + c, tl.sum(dweight, 0), mask_c)
+    tl.store(vectors + channels + c, tl.sum(dbias, 0), mask_c)
+    tl.store(vectors + 2 * channels + c, tl.sum(dinput, 0), mask_c)
