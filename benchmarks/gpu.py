@@ -102,7 +102,9 @@ def run(step: Step, results: Path, deadline: float) -> dict[str, Any]:
             process.wait()
     taken = round(time.monotonic() - started, 1)
     with (results / step.log).open("ab") as log:
-        log.write(f"== {step.name}: {outcome}, {taken} s\n$ {facts['command']}\n".encode() + output.read_bytes() + b"\n")
+        log.write(
+            f"== {step.name}: {outcome}, {taken} s\n$ {facts['command']}\n".encode() + output.read_bytes() + b"\n"
+        )
     output.unlink()
     return {**facts, "seconds": taken, "outcome": outcome}
 
@@ -132,7 +134,9 @@ def gpu(results: Path) -> None:
                 click.echo(f"{facts['outcome']:<24} {facts['seconds']:>6.1f} s  {facts['step']}")
     summary = {**ledger.environment("cuda"), "steps": outcomes}
     (results / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    failed = [facts["step"] for facts in outcomes if facts["outcome"].startswith(("failed", "timed out", "not run: no"))]
+    failed = [
+        facts["step"] for facts in outcomes if facts["outcome"].startswith(("failed", "timed out", "not run: no"))
+    ]
     click.echo(f"results in {results}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     sys.exit(1 if failed else 0)
 

@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,8 +109,10 @@ def resources(compiled: Compiled) -> Resources:
     usage = re.search(rf"Function {re.escape(compiled.name)}:\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
     if usage is None:
         raise ValueError(f"cuobjdump says nothing about {compiled.name}")
-    registers, stack, static, local = map(int, usage.groups())
-    shared = static + compiled.shared_bytes
+    registers, stack, fixed, local = map(int, usage.groups())
+    if compiled.architecture >= 90:
+        fixed = max(0, fixed - _RESERVED_SHARED)  # counted with the program's own there
+    shared = fixed + compiled.shared_bytes
     loads: Counter[int] = Counter()
     stores: Counter[int] = Counter()
     matrix: Counter[str] = Counter()
@@ -208,20 +210,21 @@ def _accesses(compiled: Compiled) -> dict[str, dict[int, int]]:
     return {name: dict(sorted(table[name].items())) for name in compiled.parameters if name in table}
 
 
-def wide_share(found: Resources, launch: Launch) -> float:
-    """The share of the launch's bytes that 16-byte accesses (or wider ones) move.
+def wide_share(found: Resources, launch: Launch, names: Container[str] | None = None) -> float | None:
+    """The share of the launch's bytes that 16-byte accesses (or wider ones) move, None where it moves none.
 
     An argument's bytes, its tensor's size, are taken to be spread evenly, by width, over the instructions that access
     it; a loop's instructions count as often as those before it. So a large activation weighs as much as it is large,
-    and a few narrow accesses to statistics or parameters as little as they are.
+    and a few narrow accesses to statistics or parameters as little as they are. `names` are the arguments to look at,
+    all if None.
     """
     wide = total = 0.0
     for name, widths in found.accesses.items():
         tensor = launch.arguments[name]
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Tensor) or (names is not None and name not in names):
             continue
         size = tensor.numel() * tensor.element_size()
         moved = sum(width * count for width, count in widths.items())
         wide += size * sum(width * count for width, count in widths.items() if width >= 16) / max(moved, 1)
         total += size
-    return wide / total if total else 1.0
+    return wide / total if total else None

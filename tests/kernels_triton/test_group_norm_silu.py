@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import group_norm_cases as cases
-import oracle
 import pytest
 import torch
-from oracle import TRITON_DEVICE, assert_close
 
+from oracle import TRITON_DEVICE, assert_close
 from sign_fast.kernels import dispatch
-from sign_fast.kernels.device import KNOWN
-from sign_fast.kernels.group_norm_silu import config, launches
+from sign_fast.kernels.group_norm_silu import launches
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -30,8 +28,7 @@ def check(inputs: cases.Inputs, backward: bool = True) -> None:
         )
     if backward:
         found = [
-            cases.gradients(outputs, inputs)
-            for outputs, inputs in zip(results, (wide, ordinary, ours), strict=True)
+            cases.gradients(outputs, inputs) for outputs, inputs in zip(results, (wide, ordinary, ours), strict=True)
         ]
         for name in found[0]:
             assert_close(found[2][name], found[0][name], found[1][name], name)
