@@ -217,7 +217,13 @@ def _list(option: str, known: Sequence[Any]) -> Any:
 @_list("--operations", OPERATIONS)
 @_list("--dtypes", tuple(DTYPES))
 @click.option("--every", is_flag=True, help="Latent diffusion's shapes and all the folds as well.")
-@click.option("--covering", "cover", is_flag=True, help="One shape for each kernel and its constants.")
+@click.option(
+    "--depth",
+    type=click.Choice(["all", "covering", "few"]),
+    default="all",
+    show_default=True,
+    help="All machine codes; one for each kernel and its constants; two for each kernel.",
+)
 @click.option("--check", is_flag=True, help="Say what the tests forbid; then the exit status is 1.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="CSV of every machine code.")
 @click.option("--ledger", is_flag=True, help=f"Write the table to {LEDGER.relative_to(ROOT)}.")
@@ -227,7 +233,7 @@ def codegen(
     operations: tuple[str, ...],
     dtypes: tuple[str, ...],
     every: bool,
-    cover: bool,
+    depth: str,
     check: bool,
     out: Path | None,
     ledger: bool,
@@ -238,7 +244,8 @@ def codegen(
 
     cases = [case for name in operations for case in kernel_cases.cases(name, dtypes=dtypes, every=every)]
     wanted = jobs(cases, architectures)
-    wanted = covering(wanted) if cover else wanted
+    if depth != "all":
+        wanted = covering(wanted) if depth == "covering" else few(wanted)
     click.echo(f"{len(wanted)} machine codes for {len(cases)} cases", err=True)
     rows = measure_all(wanted, processes, say=True)
     lines = [{**line, "triton": triton.__version__, "commit": commit()} for line in summary(rows)]

@@ -6,6 +6,7 @@ compute-sanitizer, times the kernels. Each step has a time limit and a log; a st
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -53,11 +54,10 @@ def phases(results: Path) -> list[list[Step]]:
     ]
     tests.append(Step("tests: kernels", _pytest("tests/kernels"), 240, "tests.log"))
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    memcheck = (sanitizer or "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
     sanitize = Step(
         "compute-sanitizer",
-        # the exit status of the program is only 0 without an error found
-        (sanitizer or "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
-        + (sys.executable, "benchmarks/sanitize.py"),
+        (*memcheck, sys.executable, "benchmarks/sanitize.py"),
         240,
         "sanitizer.log",
         (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),  # an allocation each tensor, so that each one's end is watched
@@ -95,10 +95,8 @@ def run(step: Step, results: Path, deadline: float) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             outcome = f"timed out after {seconds:.0f} s"
         finally:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # what it has started as well
-            except ProcessLookupError:
-                pass
             process.wait()
     taken = round(time.monotonic() - started, 1)
     with (results / step.log).open("ab") as log:
