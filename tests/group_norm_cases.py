@@ -48,7 +48,7 @@ def plain(inputs: Inputs) -> tuple[Tensor, ...]:
         stream = (x,)
     for row in (input_bias, emb):
         x = x if row is None else x + planes(row)
-    y = F.group_norm(x, inputs.num_groups, get("weight"), get("bias"), EPS)
+    y = torch.group_norm(x, inputs.num_groups, get("weight"), get("bias"), EPS)  # F.group_norm refuses single values
     scale, shift = get("scale"), get("shift")
     y = y if scale is None else y * (1 + planes(scale))
     y = y if shift is None else y + planes(shift)
@@ -117,10 +117,12 @@ def make(
     return Inputs(num_groups, t, silu, skip_scale if "skip" in wanted else 1.0)
 
 
-def gradients(outputs: tuple[Tensor, ...], inputs: Inputs, seed: int = 1) -> dict[str, Tensor]:
+def gradients(
+    outputs: tuple[Tensor, ...], inputs: Inputs, seed: int = 1, create_graph: bool = False
+) -> dict[str, Tensor]:
     """Gradients of every tensor of `inputs` for random upstream gradients that do not depend on dtype or device."""
     g = torch.Generator().manual_seed(seed)
     upstream = [torch.randn(y.shape, generator=g).to(torch.bfloat16).to(y) for y in outputs]
     names = list(inputs.tensors)
-    found = torch.autograd.grad(outputs, [inputs.tensors[name] for name in names], upstream)
+    found = torch.autograd.grad(outputs, [inputs.tensors[name] for name in names], upstream, create_graph=create_graph)
     return dict(zip(names, found, strict=True))

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import extension
 from ..device import interpreting, supports_triton
@@ -47,13 +46,15 @@ class _GroupNormSilu(torch.autograd.Function):
             "group_norm_silu_forward", x, x2, num_groups, weight, bias, eps, emb, input_bias, scale, shift, silu
         )
         ctx.save_for_backward(x, x2, stats, weight, bias, emb, input_bias, scale, shift)
-        ctx.num_groups, ctx.silu = num_groups, silu
+        ctx.num_groups, ctx.eps, ctx.silu = num_groups, eps, silu
         return y  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, x2, stats, weight, bias, emb, input_bias, scale, shift = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            arguments = (x, x2, ctx.num_groups, weight, bias, ctx.eps, emb, input_bias, scale, shift, ctx.silu)
+            return _differentiable_backward(reference.group_norm_silu, arguments, ctx.needs_input_grad, dy)
         _, _, _, for_weight, for_bias, _, for_emb, for_input_bias, for_scale, for_shift, _ = ctx.needs_input_grad
         dx, dx2, sums = call(
             "group_norm_silu_backward",
@@ -110,15 +111,23 @@ class _ResidualGroupNormSilu(torch.autograd.Function):
             "residual_group_norm_silu_forward", h, skip, bias, skip_scale, num_groups, weight, norm_bias, eps, silu
         )
         ctx.save_for_backward(r, stats, weight, norm_bias, bias)
-        ctx.num_groups, ctx.silu, ctx.skip_scale = num_groups, silu, skip_scale
+        ctx.num_groups, ctx.eps, ctx.silu, ctx.skip_scale = num_groups, eps, silu, skip_scale
         ctx.set_materialize_grads(False)
         return r, y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dr: OptionalTensor, dy: OptionalTensor) -> tuple[Any, ...]:
         r, stats, weight, norm_bias, bias = ctx.saved_tensors
         _, _, for_bias, _, _, for_weight, for_norm_bias, _, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # as the norm of r: r, an output, leads on to h, skip and bias
+            arguments = (r, None, ctx.num_groups, weight, norm_bias, ctx.eps, None, None, None, None, ctx.silu)
+            needs = (True, False, False, for_weight, for_norm_bias, *[False] * 6)
+            zero = torch.zeros_like(r) if dy is None else dy
+            found = _differentiable_backward(reference.group_norm_silu, arguments, needs, zero)
+            dh = (found[0] if dr is None else found[0] + dr) * ctx.skip_scale
+            dbias = dh.sum((0, 2, 3)) if for_bias else None
+            return dh, dh, dbias, None, None, found[3], found[4], None, None
         dy = torch.zeros_like(r) if dy is None else dy
         dh, _, sums = call(
             "group_norm_silu_backward",
@@ -152,6 +161,13 @@ class _ResidualGroupNormSilu(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _differentiable_backward(function: Any, arguments: tuple[Any, ...], needs: Any, dy: Tensor) -> tuple[Any, ...]:
+    """First derivatives in plain torch, for a caller who wants to differentiate them again (create_graph=True)."""
+    wanted = [t for t, need in zip(arguments, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(function(*arguments), wanted, dy, create_graph=True))
+    return tuple(next(found) if need else None for need in needs)
 
 
 def _vector_gradient(gradient: OptionalTensor, parameter: OptionalTensor, wanted: bool) -> OptionalTensor:
