@@ -42,6 +42,12 @@ def count_kernel(x, total, n, BLOCK: tl.constexpr):
     tl.atomic_add(total, tl.sum(tl.load(x + i, mask=i < n, other=0.0)))
 
 
+@triton.jit
+def repeat_kernel(x, y, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(y + tl.program_id(0) * BLOCK + i, tl.load(x + i // 2))
+
+
 @triton.jit(do_not_specialize=["as_is"], do_not_specialize_on_alignment=["pointer"])
 def annotated_kernel(x, as_is, wide: tl.int64, real: tl.float32, pointer, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)

@@ -13,7 +13,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 
 class Traffic:
-    """Bytes moved by the lanes that no mask switches off; a lane that repeats another's address counts again."""
+    """Bytes moved by the lanes that no mask switches off; lanes of one access that share an address count once."""
 
     def __init__(self) -> None:
         self.reads: list[tuple[np.ndarray, int]] = []  # addresses of one access, bytes a lane
@@ -44,10 +44,11 @@ def _inside(accesses: list[tuple[np.ndarray, int]], t: Tensor) -> int:
 
 def _lanes(pointers: Any, mask: Any = None) -> tuple[np.ndarray, int]:
     size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-    if mask is None:
-        return pointers.data.reshape(-1), size
-    addresses, on = np.broadcast_arrays(pointers.data, mask.data)
-    return addresses[on], size
+    addresses, on = np.broadcast_arrays(pointers.data, True if mask is None else mask.data)
+    lanes = addresses[on]
+    if lanes.size > 1 and not (lanes[1:] > lanes[:-1]).all():
+        lanes = np.unique(lanes)
+    return lanes, size
 
 
 @contextmanager

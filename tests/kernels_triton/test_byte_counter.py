@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from example_kernels import add, block_kernel, count_kernel, whole_kernel
+from example_kernels import add, block_kernel, count_kernel, repeat_kernel, whole_kernel
 
 import oracle
 from sign_fast.kernels.device import interpreting
@@ -39,6 +39,14 @@ def test_unmasked_and_scalar_accesses():
         Launch(whole_kernel, (1,), {"x": x, "y": y}, {"BLOCK": 16}).run()
     assert torch.equal(y, x)
     assert (moved.read, moved.written) == (17 * 4, 16 * 4)
+
+
+def test_lanes_that_read_one_address_count_once_and_programs_each():
+    x, y = torch.randn(8, device=DEVICE), torch.empty(48, device=DEVICE)
+    with count_bytes() as moved:
+        Launch(repeat_kernel, (3,), {"x": x, "y": y}, {"BLOCK": 16}).run()
+    assert torch.equal(y, x.repeat_interleave(2).repeat(3))
+    assert moved.read == 3 * 8 * 4 and moved.written == 48 * 4
 
 
 def test_tensor_descriptors():
