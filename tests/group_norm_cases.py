@@ -48,7 +48,10 @@ def plain(inputs: Inputs) -> tuple[Tensor, ...]:
         stream = (x,)
     for row in (input_bias, emb):
         x = x if row is None else x + planes(row)
-    y = torch.group_norm(x, inputs.num_groups, get("weight"), get("bias"), EPS)  # F.group_norm refuses single values
+    weight, bias = get("weight"), get("bias")
+    if weight is None and bias is not None:  # torch's backward fails with a bias but no weight
+        weight = torch.ones_like(bias)
+    y = torch.group_norm(x, inputs.num_groups, weight, bias, EPS)  # F.group_norm refuses single values
     scale, shift = get("scale"), get("shift")
     y = y if scale is None else y * (1 + planes(scale))
     y = y if shift is None else y + planes(shift)

@@ -165,8 +165,10 @@ class _ResidualGroupNormSilu(torch.autograd.Function):
 
 def _differentiable_backward(function: Any, arguments: tuple[Any, ...], needs: Any, dy: Tensor) -> tuple[Any, ...]:
     """First derivatives in plain torch, for a caller who wants to differentiate them again (create_graph=True)."""
-    wanted = [t for t, need in zip(arguments, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(function(*arguments), wanted, dy, create_graph=True))
+    # views: partial derivatives, without those through an argument that itself depends on another one
+    aliases = [t.view_as(t) if need else t for t, need in zip(arguments, needs, strict=True)]
+    wanted = [t for t, need in zip(aliases, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(function(*aliases), wanted, dy, create_graph=True))
     return tuple(next(found) if need else None for need in needs)
 
 

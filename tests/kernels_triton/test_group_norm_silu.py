@@ -204,10 +204,10 @@ def test_offsets_beyond_two_to_the_31():
 
 
 if oracle.RUNS_TRITON:
-    from hypothesis import given, settings
+    from hypothesis import Phase, given, settings
     from hypothesis import strategies as st
 
-    @settings(max_examples=40, deadline=None, derandomize=True)
+    @settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
     @given(
         batch=st.integers(1, 3),
         groups=st.integers(1, 6),

@@ -1,0 +1,161 @@
+"""Attention on a GPU, flash-style (Dao et al. 2022): no T×T tensor in memory, softmax in fp32, no atomics.
+
+Tensors are (B, heads, T, d) with any strides. A program of `forward` and `backward_query` owns BLOCK_Q queries of one
+head and walks over its keys; one of `backward_key` owns BLOCK_K keys and walks over the queries. BLOCK_D is d up to a
+power of two of at least 16, and masked where d is not one.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _head(heads):
+    """This program's sample and head, the first one wide enough for offsets beyond 2³¹."""
+    program = tl.program_id(1)
+    return (program // heads).to(tl.int64), program % heads
+
+
+@triton.jit
+def _tile(pointer, token, channel, token_stride, channel_stride, tokens, D, EVEN: tl.constexpr, EVEN_D: tl.constexpr):
+    """(tokens, channels) tile; what lies outside is 0."""
+    at = pointer + (token[:, None] * token_stride + channel[None, :] * channel_stride)
+    if EVEN and EVEN_D:
+        return tl.load(at)
+    elif EVEN_D:
+        return tl.load(at, (token < tokens)[:, None], other=0.0)
+    elif EVEN:
+        return tl.load(at, (channel < D)[None, :], other=0.0)
+    else:
+        return tl.load(at, (token < tokens)[:, None] & (channel < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _put(pointer, value, token, channel, token_stride, channel_stride, tokens, D):
+    at = pointer + (token[:, None] * token_stride + channel[None, :] * channel_stride)
+    tl.store(at, value.to(pointer.dtype.element_ty), (token < tokens)[:, None] & (channel < D)[None, :])
+
+
+@triton.jit
+def forward(
+    q, k, v, out, logsumexp, heads, tokens, log2_scale,
+    q_batch, q_head, q_token, q_channel, k_batch, k_head, k_token, k_channel,
+    v_batch, v_head, v_token, v_channel, out_batch, out_head, out_token, out_channel,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """out = softmax(q kᵀ/√d) v; log2_scale is log2(e)/√d, so that exponentials are powers of two."""
+    b, h = _head(heads)
+    q += b * q_batch + h * q_head
+    k += b * k_batch + h * k_head
+    v += b * v_batch + h * v_head
+    query = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    channel = tl.arange(0, BLOCK_D)
+    queries = _tile(q, query, channel, q_token, q_channel, tokens, D, EVEN, D == BLOCK_D)
+    largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    mixed = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    for start in tl.range(0, tokens, BLOCK_K, num_stages=STAGES):
+        key = start + tl.arange(0, BLOCK_K)
+        keys = _tile(k, key, channel, k_token, k_channel, tokens, D, EVEN, D == BLOCK_D)
+        logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * log2_scale
+        if not EVEN:
+            logits = tl.where((key < tokens)[None, :], logits, float("-inf"))
+        peak = tl.maximum(largest, tl.max(logits, 1))
+        weights = tl.exp2(logits - peak[:, None])
+        rescale = tl.exp2(largest - peak)
+        total = total * rescale + tl.sum(weights, 1)
+        values = _tile(v, key, channel, v_token, v_channel, tokens, D, EVEN, D == BLOCK_D)
+        mixed = tl.dot(weights.to(values.dtype), values, mixed * rescale[:, None], input_precision=PRECISION)
+        largest = peak
+    _put(out + b * out_batch + h * out_head, mixed / total[:, None], query, channel, out_token, out_channel, tokens, D)
+    if logsumexp is not None:
+        row = tl.program_id(1).to(tl.int64) * tokens
+        tl.store(logsumexp + row + query, (largest + tl.log2(total)) * 0.6931471805599453, query < tokens)
+
+
+@triton.jit
+def _weights(queries, keys, logsumexp2, log2_scale, key, tokens, EVEN: tl.constexpr, PRECISION: tl.constexpr):
+    """softmax(q kᵀ/√d) again, from the saved logsumexp (base 2)."""
+    weights = tl.exp2(tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * log2_scale - logsumexp2[:, None])
+    return weights if EVEN else tl.where((key < tokens)[None, :], weights, 0.0)
+
+
+@triton.jit
+def backward_query(
+    dout, q, k, v, out, logsumexp, delta, dq, heads, tokens, scale, log2_scale,
+    q_batch, q_head, q_token, q_channel, k_batch, k_head, k_token, k_channel,
+    v_batch, v_head, v_token, v_channel, out_batch, out_head, out_token, out_channel,
+    dout_batch, dout_head, dout_token, dout_channel, dq_batch, dq_head, dq_token, dq_channel,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dq = Σ ds·k/√d with ds = p·(dout vᵀ − delta); writes delta = Σ dout·out of its rows for `backward_key`."""
+    b, h = _head(heads)
+    q += b * q_batch + h * q_head
+    k += b * k_batch + h * k_head
+    v += b * v_batch + h * v_head
+    query = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    channel = tl.arange(0, BLOCK_D)
+    row = tl.program_id(1).to(tl.int64) * tokens + query
+    upstream = _tile(
+        dout + b * dout_batch + h * dout_head, query, channel, dout_token, dout_channel, tokens, D, EVEN, D == BLOCK_D
+    )
+    result = _tile(
+        out + b * out_batch + h * out_head, query, channel, out_token, out_channel, tokens, D, EVEN, D == BLOCK_D
+    )
+    mean = tl.sum(upstream.to(tl.float32) * result.to(tl.float32), 1)
+    tl.store(delta + row, mean, query < tokens)
+    queries = _tile(q, query, channel, q_token, q_channel, tokens, D, EVEN, D == BLOCK_D)
+    logsumexp2 = tl.load(logsumexp + row, query < tokens, other=0.0) * 1.4426950408889634
+    gradient = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    for start in tl.range(0, tokens, BLOCK_K, num_stages=STAGES):
+        key = start + tl.arange(0, BLOCK_K)
+        keys = _tile(k, key, channel, k_token, k_channel, tokens, D, EVEN, D == BLOCK_D)
+        values = _tile(v, key, channel, v_token, v_channel, tokens, D, EVEN, D == BLOCK_D)
+        weights = _weights(queries, keys, logsumexp2, log2_scale, key, tokens, EVEN, PRECISION)
+        slope = weights * (tl.dot(upstream, tl.trans(values), input_precision=PRECISION) - mean[:, None])
+        gradient = tl.dot(slope.to(keys.dtype), keys, gradient, input_precision=PRECISION)
+    _put(dq + b * dq_batch + h * dq_head, gradient * scale, query, channel, dq_token, dq_channel, tokens, D)
+
+
+@triton.jit
+def backward_key(
+    dout, q, k, v, logsumexp, delta, dk, dv, heads, tokens, scale, log2_scale,
+    q_batch, q_head, q_token, q_channel, k_batch, k_head, k_token, k_channel,
+    v_batch, v_head, v_token, v_channel, dout_batch, dout_head, dout_token, dout_channel,
+    dk_batch, dk_head, dk_token, dk_channel, dv_batch, dv_head, dv_token, dv_channel,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dk = Σ dsᵀ q/√d and dv = Σ pᵀ dout over the queries; a missing dk or dv is not computed."""
+    b, h = _head(heads)
+    q += b * q_batch + h * q_head
+    dout += b * dout_batch + h * dout_head
+    key = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    channel = tl.arange(0, BLOCK_D)
+    row = tl.program_id(1).to(tl.int64) * tokens
+    keys = _tile(k + b * k_batch + h * k_head, key, channel, k_token, k_channel, tokens, D, EVEN, D == BLOCK_D)
+    if dk is not None:
+        values = _tile(v + b * v_batch + h * v_head, key, channel, v_token, v_channel, tokens, D, EVEN, D == BLOCK_D)
+        key_gradient = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    if dv is not None:
+        value_gradient = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for start in tl.range(0, tokens, BLOCK_Q, num_stages=STAGES):
+        query = start + tl.arange(0, BLOCK_Q)
+        queries = _tile(q, query, channel, q_token, q_channel, tokens, D, EVEN, D == BLOCK_D)
+        upstream = _tile(dout, query, channel, dout_token, dout_channel, tokens, D, EVEN, D == BLOCK_D)
+        # rows that do not exist: an infinite logsumexp makes their weights 0
+        logsumexp2 = tl.load(logsumexp + row + query, query < tokens, other=float("inf")) * 1.4426950408889634
+        logits = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * log2_scale
+        weights = tl.exp2(logits - logsumexp2[None, :])
+        if dv is not None:
+            value_gradient = tl.dot(weights.to(upstream.dtype), upstream, value_gradient, input_precision=PRECISION)
+        if dk is not None:
+            mean = tl.load(delta + row + query, query < tokens, other=0.0)
+            slope = weights * (tl.dot(values, tl.trans(upstream), input_precision=PRECISION) - mean[None, :])
+            key_gradient = tl.dot(slope.to(queries.dtype), queries, key_gradient, input_precision=PRECISION)
+    if dk is not None:
+        _put(dk + b * dk_batch + h * dk_head, key_gradient * scale, key, channel, dk_token, dk_channel, tokens, D)
+    if dv is not None:
+        _put(dv + b * dv_batch + h * dv_head, value_gradient, key, channel, dv_token, dv_channel, tokens, D)
