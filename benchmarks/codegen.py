@@ -33,7 +33,6 @@ from sign_fast.kernels.device import KNOWN
 from sign_fast.kernels.resources import resources, wide_share
 
 LEDGER = ROOT / "benchmarks" / "results" / "codegen.csv"
-DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 WIDE_SHARE = 0.95
 
 
@@ -53,7 +52,7 @@ def jobs(cases: Iterable[Case], architectures: Sequence[int]) -> list[Job]:
     found: dict[tuple[int, str], Job] = {}
     for case in cases:
         for architecture in architectures:
-            for direction in DIRECTIONS:
+            for direction in case.directions:
                 for place, launch in enumerate(case.launches(direction, KNOWN[architecture])):
                     name = (architecture, key(launch))
                     if name in found:
@@ -207,15 +206,16 @@ def _names(known: Sequence[Any]) -> Any:
     return parse
 
 
-def _list(option: str, known: Sequence[Any]) -> Any:
+def list_option(option: str, known: Sequence[Any]) -> Any:
+    """A click option that takes some of `known`, separated by commas."""
     default = ",".join(map(str, known))
     return click.option(option, default=default, show_default=True, callback=_names(known), metavar="LIST")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@_list("--architectures", ARCHITECTURES)
-@_list("--operations", OPERATIONS)
-@_list("--dtypes", tuple(DTYPES))
+@list_option("--architectures", ARCHITECTURES)
+@list_option("--operations", OPERATIONS)
+@list_option("--dtypes", tuple(DTYPES))
 @click.option("--every", is_flag=True, help="Latent diffusion's shapes and all the folds as well.")
 @click.option(
     "--depth",

@@ -23,7 +23,6 @@ from sign_fast.kernels.ahead_of_time import ARCHITECTURES
 from sign_fast.kernels.device import KNOWN, Device
 
 LEDGER = ROOT / "benchmarks" / "results" / "traffic.csv"
-DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
 
 def strategy(case: NormCase, direction: Direction, device: Device) -> str:
@@ -53,7 +52,7 @@ def table(architecture: int) -> list[dict[str, Any]]:
         row: dict[str, Any] = {
             "architecture": architecture, "shape": case.shape, "dtype": case.dtype, "batch": case.batch
         }  # fmt: skip
-        for direction in DIRECTIONS:
+        for direction in case.directions:
             reads, writes = passes(case, direction, KNOWN[architecture])
             least = case.bytes(direction) // (case.batch * case.norm.channels * case.norm.size**2 * case.itemsize)
             row |= {

@@ -37,7 +37,7 @@ class Case(ABC):
     dtype: str
     operation: ClassVar[str]
     activations: ClassVar[frozenset[str]]  # the kernels' arguments as large as an activation
-    matrix: ClassVar[bool] = False  # whether matrix products, not bytes, bound it
+    directions: ClassVar[tuple[Direction, ...]] = ("forward", "backward")
 
     @property
     @abstractmethod
@@ -68,8 +68,8 @@ class Case(ABC):
         """Of the matrix products; backward alone."""
         return 0
 
-    def rivals(self, inputs: Inputs) -> dict[str, Callable[[], Outputs]]:
-        """Further ways to compute it that the timings stand beside."""
+    def rivals(self) -> dict[str, Callable[[Inputs], Outputs]]:
+        """Further ways to compute it, which the timings stand beside."""
         return {}
 
     @property
@@ -100,4 +100,10 @@ def cases(
 def small_cases(operation: str) -> list[Case]:
     """One or a few small shapes that reach all the operation's kernels, for compute-sanitizer and captures."""
     found: list[Case] = importlib.import_module(f"{__name__}.{operation}").small_cases()
+    return found
+
+
+def cpu_cases(operation: str) -> list[Case]:
+    """What the C++ versions are timed at: CIFAR's shapes, batch 16."""
+    found: list[Case] = importlib.import_module(f"{__name__}.{operation}").cpu_cases()
     return found

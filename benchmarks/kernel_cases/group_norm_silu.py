@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.kernel_cases import Case, Direction, Inputs, Outputs
-from benchmarks.official_shapes import Norm, latent_norms, official
+from benchmarks.official_shapes import Norm, calls, latent_norms, official
 from sign_fast import functional
 from sign_fast.kernels.device import Device
 from sign_fast.kernels.group_norm_silu.op import launches_backward, launches_forward, launches_parameter_gradients
@@ -139,3 +139,8 @@ def small_cases() -> list[Case]:
         replace(wide, norm=Norm((384,), 32, 32, "scale shift")),  # more than a tile holds: spans or two walks
         replace(tile, batch=1, norm=Norm((128, 64), 64, 32)),
     ]
+
+
+def cpu_cases() -> list[Case]:
+    found = {(call.channels, call.size) for call in calls("cifar10-uncond-vp") if isinstance(call, Norm)}
+    return [NormCase(16, "float32", Norm((channels,), size, 32)) for channels, size in sorted(found)]
