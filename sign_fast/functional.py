@@ -134,17 +134,44 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ/√d) v with the softmax in float32 (Vaswani et al. 2017, eq. 1).
 
     Args:
-        q, k, v: (B·heads, T, d), one shape and dtype.
+        q, k, v: (B·heads, T, d) or (B, heads, T, d), one shape and dtype, any strides.
 
     Returns:
-        (B·heads, T, d) in v's dtype.
+        q's shape, in its dtype.
 
     Raises:
-        ValueError: the shapes or dtypes differ, or are not three-dimensional.
+        ValueError: the shapes or dtypes differ, or are not three- or four-dimensional.
     """
-    _check(q.ndim == 3 and q.shape == k.shape == v.shape, "q, k, v must have one shape (B·heads, T, d)")
-    _check(q.dtype == k.dtype == v.dtype, f"q, k, v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    if q.ndim not in (3, 4) or not q.shape == k.shape == v.shape:
+        raise ValueError(
+            f"q, k, v must have one shape (B·heads, T, d) or (B, heads, T, d), not {tuple(q.shape)}, "
+            f"{tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    if q.ndim == 3:
+        return _attention.attention(q[:, None], k[:, None], v[:, None])[:, 0]
     return _attention.attention(q, k, v)
+
+
+def projected_attention(qkv: Tensor, num_heads: int, *, interleaved: bool = True) -> Tensor:
+    """Self-attention of every pixel with all others, straight from the projection that makes q, k and v.
+
+    Args:
+        qkv: (B, 3·heads·d, H, W). Interleaved, as in the published networks, row ((head·d) + c)·3 + {0: q, 1: k, 2: v};
+            else the rows of q, then of k, then of v, each (head·d) + c.
+        num_heads: heads; d is at most 256 for the fast path.
+        interleaved: which of the two.
+
+    Returns:
+        (B, heads·d, H, W) in qkv's dtype and memory format.
+
+    Raises:
+        ValueError: qkv is not four-dimensional or its channels are not three times a multiple of num_heads.
+    """
+    if qkv.ndim != 4 or num_heads < 1 or qkv.shape[1] % (3 * num_heads):
+        raise ValueError(f"qkv must be (B, 3·{num_heads}·d, H, W), not {tuple(qkv.shape)}")
+    return _attention.projected_attention(qkv, num_heads, interleaved)
 
 
 def fake_score_loss(y_fake: Tensor, images: Tensor, sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
@@ -254,6 +281,7 @@ __all__ = [
     "fake_score_loss",
     "group_norm_silu",
     "precondition",
+    "projected_attention",
     "renoise",
     "residual_group_norm_silu",
     "sid_generator_loss",

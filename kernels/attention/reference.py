@@ -7,6 +7,7 @@ from torch import Tensor
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q, k, v (…, T, d) -> (…, T, d)."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    logits = torch.einsum("nqd,nkd->nqk", q.to(wide), (k / q.shape[-1] ** 0.5).to(wide))
-    return torch.einsum("nqk,nkd->nqd", logits.softmax(dim=-1).to(v.dtype), v)
+    logits = torch.einsum("...qd,...kd->...qk", q.to(wide), (k / q.shape[-1] ** 0.5).to(wide))
+    return torch.einsum("...qk,...kd->...qd", logits.softmax(dim=-1).to(v.dtype), v)

@@ -75,20 +75,13 @@ def forward(
 
 
 @triton.jit
-def _weights(queries, keys, logsumexp2, log2_scale, key, tokens, EVEN: tl.constexpr, PRECISION: tl.constexpr):
-    """softmax(q kᵀ/√d) again, from the saved logsumexp (base 2)."""
-    weights = tl.exp2(tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * log2_scale - logsumexp2[:, None])
-    return weights if EVEN else tl.where((key < tokens)[None, :], weights, 0.0)
-
-
-@triton.jit
 def backward_query(
     dout, q, k, v, out, logsumexp, delta, dq, heads, tokens, scale, log2_scale,
     q_batch, q_head, q_token, q_channel, k_batch, k_head, k_token, k_channel,
     v_batch, v_head, v_token, v_channel, out_batch, out_head, out_token, out_channel,
     dout_batch, dout_head, dout_token, dout_channel, dq_batch, dq_head, dq_token, dq_channel,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """dq = Σ ds·k/√d with ds = p·(dout vᵀ − delta); writes delta = Σ dout·out of its rows for `backward_key`."""
     b, h = _head(heads)
@@ -107,14 +100,25 @@ def backward_query(
     mean = tl.sum(upstream.to(tl.float32) * result.to(tl.float32), 1)
     tl.store(delta + row, mean, query < tokens)
     queries = _tile(q, query, channel, q_token, q_channel, tokens, D, EVEN, D == BLOCK_D)
-    logsumexp2 = tl.load(logsumexp + row, query < tokens, other=0.0) * 1.4426950408889634
+    lse2 = tl.load(logsumexp + row, query < tokens, other=0.0) * 1.4426950408889634
     gradient = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for start in tl.range(0, tokens, BLOCK_K, num_stages=STAGES):
         key = start + tl.arange(0, BLOCK_K)
         keys = _tile(k, key, channel, k_token, k_channel, tokens, D, EVEN, D == BLOCK_D)
         values = _tile(v, key, channel, v_token, v_channel, tokens, D, EVEN, D == BLOCK_D)
-        weights = _weights(queries, keys, logsumexp2, log2_scale, key, tokens, EVEN, PRECISION)
-        slope = weights * (tl.dot(upstream, tl.trans(values), input_precision=PRECISION) - mean[:, None])
+        if (
+            KEYS_FIRST
+        ):  # the same transposed: without matrix units the other order keeps queries in registers and spills
+            weights = tl.exp2(tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * log2_scale - lse2[None, :])
+            if not EVEN:
+                weights = tl.where((key < tokens)[:, None], weights, 0.0)
+            slope = weights * (tl.dot(values, tl.trans(upstream), input_precision=PRECISION) - mean[None, :])
+            slope = tl.trans(slope)
+        else:
+            weights = tl.exp2(tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * log2_scale - lse2[:, None])
+            if not EVEN:
+                weights = tl.where((key < tokens)[None, :], weights, 0.0)
+            slope = weights * (tl.dot(upstream, tl.trans(values), input_precision=PRECISION) - mean[:, None])
         gradient = tl.dot(slope.to(keys.dtype), keys, gradient, input_precision=PRECISION)
     _put(dq + b * dq_batch + h * dq_head, gradient * scale, query, channel, dq_token, dq_channel, tokens, D)
 
@@ -128,7 +132,7 @@ def backward_key(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dk = Σ dsᵀ q/√d and dv = Σ pᵀ dout over the queries; a missing dk or dv is not computed."""
+    """dk = Σ dsᵀ q/√d and dv = Σ pᵀ dout over the queries."""
     b, h = _head(heads)
     q += b * q_batch + h * q_head
     dout += b * dout_batch + h * dout_head
@@ -136,26 +140,19 @@ def backward_key(
     channel = tl.arange(0, BLOCK_D)
     row = tl.program_id(1).to(tl.int64) * tokens
     keys = _tile(k + b * k_batch + h * k_head, key, channel, k_token, k_channel, tokens, D, EVEN, D == BLOCK_D)
-    if dk is not None:
-        values = _tile(v + b * v_batch + h * v_head, key, channel, v_token, v_channel, tokens, D, EVEN, D == BLOCK_D)
-        key_gradient = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    if dv is not None:
-        value_gradient = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    values = _tile(v + b * v_batch + h * v_head, key, channel, v_token, v_channel, tokens, D, EVEN, D == BLOCK_D)
+    key_gradient = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    value_gradient = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for start in tl.range(0, tokens, BLOCK_Q, num_stages=STAGES):
         query = start + tl.arange(0, BLOCK_Q)
         queries = _tile(q, query, channel, q_token, q_channel, tokens, D, EVEN, D == BLOCK_D)
         upstream = _tile(dout, query, channel, dout_token, dout_channel, tokens, D, EVEN, D == BLOCK_D)
-        # rows that do not exist: an infinite logsumexp makes their weights 0
-        logsumexp2 = tl.load(logsumexp + row + query, query < tokens, other=float("inf")) * 1.4426950408889634
-        logits = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * log2_scale
-        weights = tl.exp2(logits - logsumexp2[None, :])
-        if dv is not None:
-            value_gradient = tl.dot(weights.to(upstream.dtype), upstream, value_gradient, input_precision=PRECISION)
-        if dk is not None:
-            mean = tl.load(delta + row + query, query < tokens, other=0.0)
-            slope = weights * (tl.dot(values, tl.trans(upstream), input_precision=PRECISION) - mean[None, :])
-            key_gradient = tl.dot(slope.to(queries.dtype), queries, key_gradient, input_precision=PRECISION)
-    if dk is not None:
-        _put(dk + b * dk_batch + h * dk_head, key_gradient * scale, key, channel, dk_token, dk_channel, tokens, D)
-    if dv is not None:
-        _put(dv + b * dv_batch + h * dv_head, value_gradient, key, channel, dv_token, dv_channel, tokens, D)
+        # a query that does not exist: an infinite logsumexp makes its weights 0
+        lse2 = tl.load(logsumexp + row + query, query < tokens, other=float("inf")) * 1.4426950408889634
+        mean = tl.load(delta + row + query, query < tokens, other=0.0)
+        weights = tl.exp2(tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * log2_scale - lse2[None, :])
+        value_gradient = tl.dot(weights.to(upstream.dtype), upstream, value_gradient, input_precision=PRECISION)
+        slope = weights * (tl.dot(values, tl.trans(upstream), input_precision=PRECISION) - mean[None, :])
+        key_gradient = tl.dot(slope.to(queries.dtype), queries, key_gradient, input_precision=PRECISION)
+    _put(dk + b * dk_batch + h * dk_head, key_gradient * scale, key, channel, dk_token, dk_channel, tokens, D)
+    _put(dv + b * dv_batch + h * dv_head, value_gradient, key, channel, dv_token, dv_channel, tokens, D)

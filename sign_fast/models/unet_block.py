@@ -94,15 +94,7 @@ class UNetBlock(nn.Module):
         if not self.num_heads:
             return _scaled_sum(h, skip, self.skip_scale)
         r, y = self.norm2.join(h, skip, self.skip_scale)
-        return _scaled_sum(self.proj(self._attend(self.qkv(y))), r, self.skip_scale)
-
-    def _attend(self, qkv: Tensor) -> Tensor:
-        batch, channels, height, width = qkv.shape
-        # rows of the projection are interleaved: ((head·d) + c)·3 + {0: q, 1: k, 2: v}
-        tokens = qkv.reshape(batch * self.num_heads, channels // self.num_heads // 3, 3, height * width)
-        q, k, v = tokens.transpose(1, 3).unbind(2)
-        a = functional.attention(q, k, v)
-        return a.transpose(1, 2).reshape(batch, channels // 3, height, width)
+        return _scaled_sum(self.proj(functional.projected_attention(self.qkv(y), self.num_heads)), r, self.skip_scale)
 
 
 def _scaled_sum(a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -1,0 +1,111 @@
+"""Attention as Triton launches: from (B, heads, T, d) tensors, real or on the meta device, to what runs on a GPU."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..device import Device
+from ..launch import Launch
+from .config import Plan, plan
+
+_LOG2_E = 1.4426950408889634
+
+
+def _named(**tensors: Tensor) -> dict[str, int]:
+    """name_batch, name_head, name_token, name_channel: every tensor's strides."""
+    axes = ("batch", "head", "token", "channel")
+    return {f"{name}_{axis}": step for name, t in tensors.items() for axis, step in zip(axes, t.stride(), strict=True)}
+
+
+def _constants(q: Tensor, chosen: Plan) -> dict[str, Any]:
+    tokens, channels = q.shape[2:]
+    return {
+        "D": channels,
+        "BLOCK_D": chosen.block_channels,
+        "BLOCK_Q": chosen.block_queries,
+        "BLOCK_K": chosen.block_keys,
+        "EVEN": tokens % chosen.block_queries == 0 and tokens % chosen.block_keys == 0,
+        "PRECISION": "ieee",  # float32 products in float32: tf32 is not what a float32 network was asked for
+        "STAGES": chosen.num_stages,
+    }
+
+
+def launches_forward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor | None, device: Device
+) -> list[Launch]:
+    """One launch into out and, where given, logsumexp (B, heads, T) float32."""
+    from . import triton_kernels as kernels
+
+    batch, heads, tokens, channels = q.shape
+    chosen = plan("forward", tokens, channels, q.element_size(), batch * heads, device)
+    arguments = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "out": out,
+        "logsumexp": logsumexp,
+        "heads": heads,
+        "tokens": tokens,
+        "log2_scale": _LOG2_E / math.sqrt(channels),
+        **_named(q=q, k=k, v=v, out=out),
+    }
+    grid = (-(-tokens // chosen.block_queries), batch * heads)
+    return [Launch(kernels.forward, grid, arguments, _constants(q, chosen), chosen.num_warps)]
+
+
+def launches_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    device: Device,
+) -> list[Launch]:
+    """dq first, which writes Σ dout·out for the launch of dk and dv."""
+    from . import triton_kernels as kernels
+
+    batch, heads, tokens, channels = q.shape
+    delta = torch.empty_like(logsumexp)
+    shared: dict[str, Any] = {
+        "dout": dout,
+        "q": q,
+        "k": k,
+        "v": v,
+        "logsumexp": logsumexp,
+        "delta": delta,
+        "heads": heads,
+        "tokens": tokens,
+        "scale": 1 / math.sqrt(channels),
+        "log2_scale": _LOG2_E / math.sqrt(channels),
+        **_named(q=q, k=k, v=v, dout=dout),
+    }
+    launches = []
+    chosen = plan("backward_query", tokens, channels, q.element_size(), batch * heads, device)
+    launches.append(
+        Launch(
+            kernels.backward_query,
+            (-(-tokens // chosen.block_queries), batch * heads),
+            {**shared, "out": out, "dq": dq, **_named(out=out, dq=dq)},
+            {**_constants(q, chosen), "KEYS_FIRST": q.element_size() == 4},
+            chosen.num_warps,
+        )
+    )
+    chosen = plan("backward_key", tokens, channels, q.element_size(), batch * heads, device)
+    launches.append(
+        Launch(
+            kernels.backward_key,
+            (-(-tokens // chosen.block_keys), batch * heads),
+            {**shared, "dk": dk, "dv": dv, **_named(dk=dk, dv=dv)},
+            _constants(q, chosen),
+            chosen.num_warps,
+        )
+    )
+    return launches
