@@ -63,12 +63,15 @@ def jobs(cases: Iterable[Case], architectures: Sequence[int]) -> list[Job]:
 
 
 def covering(all_jobs: Iterable[Job]) -> list[Job]:
-    """One job for each kernel, its constants and warps: the one with most tensors, which presses registers hardest."""
+    """One job for each kernel, its constants, warps, and whether its accesses can be wide.
+
+    The one with most tensors, which presses registers hardest.
+    """
     best: dict[tuple[Any, ...], tuple[int, Job]] = {}
     for job in all_jobs:
         launch = job.case.launches(job.direction, KNOWN[job.architecture])[job.place]
         constants = tuple(sorted((name, str(value)) for name, value in launch.constants.items()))
-        name = (job.architecture, launch.kernel.__name__, constants, launch.num_warps, job.case.dtype)
+        name = (job.architecture, launch.kernel.__name__, constants, launch.num_warps, job.case.dtype, job.case.wide)
         tensors = sum(isinstance(value, Tensor) for value in launch.arguments.values())
         if name not in best or tensors > best[name][0]:
             best[name] = (tensors, job)

@@ -92,7 +92,7 @@ def measure(
             if only and name != only:
                 continue
             try:
-                function = prepare(case, inputs, forward, direction)
+                function = prepare(inputs, forward, direction)
                 functions[name] = function if gpu is None else gpu.capture(function)
             except Exception as error:  # an SDPA backend without that shape, a compiler that gives up
                 if name == "sign_fast":

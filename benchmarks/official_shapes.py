@@ -50,9 +50,12 @@ class Norm:
 
 @dataclass(frozen=True, order=True)
 class Attention:
+    """One self-attention: heads, channels a head, tokens, and whether q, k, v alternate in the projection's rows."""
+
     heads: int
     dim: int
     tokens: int
+    interleaved: bool = True
 
 
 Call = TypeVar("Call", Norm, Attention)
@@ -69,7 +72,8 @@ def calls(preset: str) -> Counter[Norm | Attention]:
     found: Counter[Norm | Attention] = Counter()
     parts: dict[int, tuple[int, ...]] = {}
     kept: list[Tensor] = []  # so that no identity is used twice
-    real = {name: getattr(functional, name) for name in ("group_norm_silu", "residual_group_norm_silu", "attention")}
+    names = ("group_norm_silu", "residual_group_norm_silu", "projected_attention")
+    real = {name: getattr(functional, name) for name in names}
     cat = torch.cat
 
     def concatenated(tensors: Any, dim: int = 0) -> Tensor:
@@ -94,16 +98,14 @@ def calls(preset: str) -> Counter[Norm | Attention]:
         found[Norm((h.shape[1],), h.shape[-1], groups, folds, silu)] += 1
         return real["residual_group_norm_silu"](h, skip, bias, scale, groups, *rest, **named)
 
-    def attention(q: Tensor, *rest: Any) -> Tensor:
-        found[Attention(q.shape[0], q.shape[2], q.shape[1])] += 1  # batch 1: the first axis is the heads
-        return real["attention"](q, *rest)
+    def projected_attention(qkv: Tensor, num_heads: int, *, interleaved: bool = True) -> Tensor:
+        _, channels, height, width = qkv.shape
+        found[Attention(num_heads, channels // (3 * num_heads), height * width, interleaved)] += 1
+        return real["projected_attention"](qkv, num_heads, interleaved=interleaved)
 
+    replacements = (group_norm_silu, residual_group_norm_silu, projected_attention)
     with ExitStack() as stack:
-        for name, replacement in (
-            ("group_norm_silu", group_norm_silu),
-            ("residual_group_norm_silu", residual_group_norm_silu),
-            ("attention", attention),
-        ):
+        for name, replacement in zip(names, replacements, strict=True):
             stack.enter_context(patch.object(functional, name, replacement))
         stack.enter_context(patch.object(torch, "cat", concatenated))
         stack.enter_context(torch.device("meta"))
@@ -128,3 +130,9 @@ def latent_norms() -> list[Norm]:
     """The norms of Stable Diffusion's blocks: plain and after an embedding."""
     sizes = [(c, s) for c in LATENT_CHANNELS for s in LATENT_SIZES]
     return [Norm((c,), s, 32, folds) for c, s in sizes for folds in ("", "emb")]
+
+
+def latent_attentions() -> list[Attention]:
+    """The self-attentions of Stable Diffusion 1.5 (8 heads) and XL (64 channels a head)."""
+    small = [Attention(8, dim, tokens, False) for dim, tokens in ((40, 4096), (80, 1024), (160, 256), (160, 64))]
+    return small + [Attention(heads, 64, tokens, False) for heads, tokens in ((10, 4096), (20, 1024))]
