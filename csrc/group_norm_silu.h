@@ -11,24 +11,31 @@ namespace sign_fast {
 
 enum class Dtype { Float, BFloat16, Half };
 
-struct GroupNormArgs {
-  const void* x;           // (B, C, H, W), or h of the residual form
+// What the forward and the backward kernel read: u = concat(x, x2) + emb + input_bias is normed.
+struct NormInput {
+  const void* x;            // (B, first_channels, H, W), or h of the residual form
+  const void* x2;           // (B, channels − first_channels, H, W) in x's layout, or null
+  const float* emb;         // (B, C) or (1, C) each, or null; the row stride is C or 0
+  const float* scale;
+  const float* shift;
+  int64_t emb_row, scale_row, shift_row;
+  const float* input_bias;  // (C) each, or null
+  const float* weight;
+  const float* bias;
+  int64_t batch, channels, first_channels, pixels, groups;
+  bool silu;
+  bool channels_last;
+  Dtype dtype;
+};
+
+struct GroupNormArgs : NormInput {
   const void* skip;        // residual form only, else null
   const float* join_bias;  // (C), added to h before the residual, or null
   float skip_scale;
   void* r;                 // residual form: (h + bias + skip)·skip_scale is written here and normed
-  void* y;
-  const float* emb;        // (B, C) or (1, C) each, or null; the row stride is C or 0
-  const float* scale;
-  const float* shift;
-  int64_t emb_row, scale_row, shift_row;
-  const float* weight;     // (C) each, or null
-  const float* bias;
-  int64_t batch, channels, pixels, groups;
+  void* y;                 // (B, C, H, W)
+  float* stats;            // (B, groups, 3) or null: the mean as the sum of two floats, 1/√(variance + eps)
   double eps;
-  bool silu;
-  bool channels_last;
-  Dtype dtype;
 };
 
 // Work is cut into items by shape alone, so that results do not depend on the number of threads.
@@ -40,7 +47,7 @@ struct Plan {
   int64_t work;               // doubles of scratch memory a thread
 };
 
-inline Plan make_plan(const GroupNormArgs& a) {
+inline Plan make_plan(const NormInput& a) {
   if (!a.channels_last) return {a.batch * a.groups, a.groups, 1, a.channels / a.groups * a.pixels, 0};
   // an item is a panel of pixels × channels: at least 64 channels keep every cache line whole, and where it comes out
   // even, whole vectors (of at most 32) leave no remainder

@@ -1,75 +1,12 @@
 // GroupNorm–SiLU over raw pointers, compiled once a CPU capability: see capability.h.
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
-
-#include <algorithm>
 #include <cmath>
-#include <type_traits>
 
-#include "group_norm_silu.h"
+#include "group_norm_silu_vec.h"
 
 namespace sign_fast {
 namespace {
 
-using Vec = at::vec::Vectorized<float>;
-constexpr int64_t V = Vec::size();
-constexpr int64_t UNROLL = 4;  // float vectors in flight, which hides the latency of the additions
-constexpr int64_t RUN = 32;    // additions a float lane takes before it is moved to a double: bounds the rounding
-
-// One whole vector of T, widened to VECS vectors of float.
-template <typename T>
-constexpr int64_t VECS = sizeof(float) / sizeof(T);
-template <typename T>
-constexpr int64_t N = VECS<T> * V;
-
-template <typename T>
-struct Pack {
-  Vec v[VECS<T>];
-};
-
-template <typename T>
-inline Pack<T> load_pack(const T* p, int64_t count = N<T>) {
-  using Native = at::vec::Vectorized<T>;
-  const Native raw = count == N<T> ? Native::loadu(p) : Native::loadu(p, count);
-  if constexpr (std::is_same_v<T, float>) {
-    return {raw};
-  } else {
-    const auto [low, high] = at::vec::convert_to_float<T>(raw);
-    return {low, high};
-  }
-}
-
-template <typename T>
-inline void store_pack(T* p, const Pack<T>& x, int64_t count = N<T>) {
-  at::vec::Vectorized<T> raw;
-  if constexpr (std::is_same_v<T, float>) {
-    raw = x.v[0];
-  } else {
-    raw = at::vec::convert_from_float<T>(x.v[0], x.v[1]);
-  }
-  if (count == N<T>) {
-    raw.store(p);
-  } else {
-    raw.store(p, count);
-  }
-}
-
-// float parameters beside a pack of T
-template <typename T>
-inline Pack<T> load_floats(const float* p, int64_t count = N<T>) {
-  Pack<T> out;
-  for (int64_t k = 0; k < VECS<T>; ++k) {
-    const int64_t left = std::clamp<int64_t>(count - k * V, 0, V);
-    out.v[k] = left == V ? Vec::loadu(p + k * V) : left > 0 ? Vec::loadu(p + k * V, left) : Vec(0.f);
-  }
-  return out;
-}
-
-inline float sum(Vec x) {
-  return at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return a + b; }, x);
-}
-
-inline Vec silu(Vec x) { return x / (Vec(1.f) + x.neg().exp_u20()); }
+inline Vec silu(Vec x) { return x / (Vec(1.f) + exp_of_minus(x)); }
 
 struct Moments {
   double mean, rstd;
@@ -83,25 +20,18 @@ inline Moments moments(double rough, double s1, double s2, double count, double 
   return {rough + gap, 1 / std::sqrt((variance > 0 ? variance : 0) + eps)};
 }
 
-inline int64_t quarter(int64_t length) { return std::max(std::min<int64_t>(length, 64), length / 4); }
-
-// y = ((x − centre) − rest)·factor + offset; the centre is split in two floats so that a large mean loses no digits.
-struct Coefficients {
-  float centre, rest, factor, offset;
-};
-
-inline double embedding(const GroupNormArgs& a, int64_t b, int64_t c) { return a.emb ? a.emb[b * a.emb_row + c] : 0; }
-
-inline Coefficients coefficients(const GroupNormArgs& a, int64_t b, int64_t c, Moments m) {
-  const double centre = m.mean - embedding(a, b, c);
-  const double scale = 1.0 + (a.scale ? a.scale[b * a.scale_row + c] : 0.f);
-  const double shift = a.shift ? a.shift[b * a.shift_row + c] : 0.f;
-  const double weight = a.weight ? a.weight[c] : 1.f;
-  const double bias = a.bias ? a.bias[c] : 0.f;
-  const float high = static_cast<float>(centre);
-  return {high, static_cast<float>(centre - high), static_cast<float>(m.rstd * weight * scale),
-          static_cast<float>(bias * scale + shift)};
+inline void keep(const GroupNormArgs& a, int64_t b, int64_t group, Moments m) {
+  if (!a.stats) return;
+  float* to = a.stats + 3 * (b * a.groups + group);
+  to[0] = static_cast<float>(m.mean), to[1] = static_cast<float>(m.mean - to[0]), to[2] = static_cast<float>(m.rstd);
 }
+
+template <typename T>
+inline const T* input(const GroupNormArgs& a, const Run& run) {
+  return static_cast<const T*>(a.skip ? a.r : run.second ? a.x2 : a.x) + run.offset;
+}
+
+inline int64_t quarter(int64_t length) { return std::max(std::min<int64_t>(length, 64), length / 4); }
 
 template <typename T, bool SILU>
 inline void apply(const T* x, T* y, const Pack<T>& centre, const Pack<T>& rest, const Pack<T>& factor,
@@ -120,13 +50,6 @@ inline void join(const T* h, const T* skip, T* r, const Pack<T>& bias, Vec facto
   const Pack<T> s = load_pack(skip, count);
   for (int64_t k = 0; k < VECS<T>; ++k) x.v[k] = (x.v[k] + s.v[k] + bias.v[k]) * factor;
   store_pack(r, x, count);
-}
-
-template <typename T>
-inline Pack<T> spread(float value) {
-  Pack<T> out;
-  for (auto& v : out.v) v = Vec(value);
-  return out;
 }
 
 // ---- NCHW: a channel is a run of pixels, a group without embedding one long run ----
@@ -201,30 +124,42 @@ void contiguous_item(const GroupNormArgs& a, int64_t b, int64_t group) {
         join(h + i, skip + i, r + i, bias, Vec(a.skip_scale), std::min(N<T>, (c + 1) * n - i));
     }
   }
-  const T* x = static_cast<const T*>(a.skip ? a.r : a.x) + base;
-  T* y = static_cast<T*>(a.y) + base;
-
-  const int64_t runs = a.emb ? channels : 1, length = a.emb ? n : channels * n, part = quarter(length);
+  const Runs runs = runs_of(a, b, first, channels);
+  const bool embeds = a.emb || a.input_bias;
   RunSums<T, false> some;
   double embeddings = 0;
-  for (int64_t c = 0; c < runs; ++c) {
-    some.add(x + c * n, part, 0);
-    embeddings += embedding(a, b, first + c);
+  int64_t seen = 0;
+  for (const Run& run : runs) {
+    const T* x = input<T>(a, run);
+    const int64_t pieces = embeds ? run.width : 1, length = embeds ? n : run.width * n, part = quarter(length);
+    for (int64_t c = 0; c < pieces; ++c) some.add(x + c * n, part, 0);
+    seen += pieces * part;
   }
   some.flush();
-  const double rough = some.s1 / static_cast<double>(runs * part) + embeddings / static_cast<double>(runs);
+  for (int64_t c = 0; c < channels; ++c) embeddings += embedding(a, b, first + c);
+  const double rough = some.s1 / static_cast<double>(seen) + embeddings / static_cast<double>(channels);
 
   RunSums<T, true> all;
-  for (int64_t c = 0; c < runs; ++c) all.add(x + c * n, length, rough - embedding(a, b, first + c));
+  for (const Run& run : runs) {
+    const T* x = input<T>(a, run);
+    const int64_t pieces = embeds ? run.width : 1, length = embeds ? n : run.width * n;
+    for (int64_t c = 0; c < pieces; ++c)
+      all.add(x + c * n, length, rough - embedding(a, b, first + run.start + c));
+  }
   all.flush();
 
   const Moments m = moments(rough, all.s1, all.s2, static_cast<double>(channels * n), a.eps);
-  for (int64_t c = 0; c < channels; ++c) {
-    const Coefficients k = coefficients(a, b, first + c, m);
-    const Pack<T> centre = spread<T>(k.centre), rest = spread<T>(k.rest);
-    const Pack<T> factor = spread<T>(k.factor), offset = spread<T>(k.offset);
-    for (int64_t i = c * n; i < (c + 1) * n; i += N<T>)
-      apply<T, SILU>(x + i, y + i, centre, rest, factor, offset, std::min(N<T>, (c + 1) * n - i));
+  keep(a, b, group, m);
+  for (const Run& run : runs) {
+    const T* x = input<T>(a, run);
+    T* y = static_cast<T*>(a.y) + base + run.start * n;
+    for (int64_t c = 0; c < run.width; ++c) {
+      const Coefficients k = coefficients(a, b, first + run.start + c, m.mean, m.rstd);
+      const Pack<T> centre = spread<T>(k.centre), rest = spread<T>(k.rest);
+      const Pack<T> factor = spread<T>(k.factor), offset = spread<T>(k.offset);
+      for (int64_t i = c * n; i < (c + 1) * n; i += N<T>)
+        apply<T, SILU>(x + i, y + i, centre, rest, factor, offset, std::min(N<T>, (c + 1) * n - i));
+    }
   }
 }
 
@@ -266,12 +201,6 @@ void column_sums(const T* x, int64_t pixels, int64_t stride, const int64_t* at, 
   }
 }
 
-// The last pack of a row ends with the row and so overlaps the one before: no partial loads but for narrow rows.
-template <typename T>
-inline int64_t pack_at(int64_t u, int64_t width) {
-  return std::max<int64_t>(0, std::min(u * N<T>, width - N<T>));
-}
-
 template <typename T, bool CENTRED>
 void all_column_sums(const T* x, int64_t pixels, int64_t stride, int64_t width, const float* high, const float* low,
                      double* s1, double* s2) {
@@ -296,16 +225,32 @@ void all_column_sums(const T* x, int64_t pixels, int64_t stride, int64_t width, 
 
 // A walk over the pixels with PACKS packs, a cache line or more: their four parameters stay in registers.
 template <typename T, int64_t PACKS, bool SILU>
-void apply_columns(const T* x, T* y, int64_t pixels, int64_t stride, const int64_t* at, int64_t count, const float* w0,
+void apply_columns(const T* x, int64_t x_stride, T* y, int64_t stride, int64_t pixels, const int64_t* at, int64_t count, const float* w0,
                    const float* w1, const float* w2, const float* w3) {
   Pack<T> centre[PACKS], rest[PACKS], factor[PACKS], offset[PACKS];
   for (int64_t u = 0; u < PACKS; ++u) {
     centre[u] = load_floats<T>(w0 + at[u], count), rest[u] = load_floats<T>(w1 + at[u], count);
     factor[u] = load_floats<T>(w2 + at[u], count), offset[u] = load_floats<T>(w3 + at[u], count);
   }
-  for (int64_t p = 0; p < pixels * stride; p += stride)
+  for (int64_t p = 0; p < pixels; ++p, x += x_stride, y += stride)
     for (int64_t u = 0; u < PACKS; ++u)
-      apply<T, SILU>(x + p + at[u], y + p + at[u], centre[u], rest[u], factor[u], offset[u], count);
+      apply<T, SILU>(x + at[u], y + at[u], centre[u], rest[u], factor[u], offset[u], count);
+}
+
+template <typename T, bool SILU>
+void apply_all_columns(const T* x, int64_t x_stride, T* y, int64_t stride, int64_t pixels, int64_t width,
+                       const float* w0, const float* w1, const float* w2, const float* w3) {
+  const int64_t packs = (width + N<T> - 1) / N<T>, count = std::min(N<T>, width);
+  constexpr bool pairs = 2 * 4 * VECS<T> < (V == 16 ? 16 : 16);  // of packs: their parameters must fit the registers
+  int64_t u = 0;
+  for (; pairs && u + 2 <= packs; u += 2) {
+    const int64_t at[2] = {pack_at<T>(u, width), pack_at<T>(u + 1, width)};
+    apply_columns<T, 2, SILU>(x, x_stride, y, stride, pixels, at, count, w0, w1, w2, w3);
+  }
+  for (; u < packs; ++u) {
+    const int64_t at = pack_at<T>(u, width);
+    apply_columns<T, 1, SILU>(x, x_stride, y, stride, pixels, &at, count, w0, w1, w2, w3);
+  }
 }
 
 template <typename T, bool SILU>
@@ -328,11 +273,11 @@ void channels_last_item(const GroupNormArgs& a, int64_t b, int64_t first_group, 
         join(h + at, skip + at, r + at, load_floats<T>(w0 + c, lanes), Vec(a.skip_scale), lanes);
       }
   }
-  const T* x = static_cast<const T*>(a.skip ? a.r : a.x) + base;
-  T* y = static_cast<T*>(a.y) + base;
-
+  const Runs runs = runs_of(a, b, first, width);
   const int64_t part = quarter(n);
-  all_column_sums<T, false>(x, part, stride, width, nullptr, nullptr, s1, s2);
+  for (const Run& run : runs)
+    all_column_sums<T, false>(input<T>(a, run), part, run.stride, run.width, nullptr, nullptr, s1 + run.start,
+                              s2 + run.start);
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t c0 = g * group_channels, c1 = c0 + group_channels;
     double rough = 0;
@@ -345,28 +290,26 @@ void channels_last_item(const GroupNormArgs& a, int64_t b, int64_t first_group, 
     }
   }
 
-  all_column_sums<T, true>(x, n, stride, width, w0, w1, s1, s2);
+  for (const Run& run : runs)
+    all_column_sums<T, true>(input<T>(a, run), n, run.stride, run.width, w0 + run.start, w1 + run.start,
+                             s1 + run.start, s2 + run.start);
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t c0 = g * group_channels, c1 = c0 + group_channels;
     double t1 = 0, t2 = 0;
     for (int64_t c = c0; c < c1; ++c) t1 += s1[c], t2 += s2[c];
     const double rough = static_cast<double>(w0[c0]) + w1[c0] + embedding(a, b, first + c0);
     const Moments m = moments(rough, t1, t2, static_cast<double>(group_channels * n), a.eps);
+    keep(a, b, first_group + g, m);
     for (int64_t c = c0; c < c1; ++c) {
-      const Coefficients k = coefficients(a, b, first + c, m);
+      const Coefficients k = coefficients(a, b, first + c, m.mean, m.rstd);
       w0[c] = k.centre, w1[c] = k.rest, w2[c] = k.factor, w3[c] = k.offset;
     }
   }
 
-  constexpr bool pairs = 2 * 4 * VECS<T> < (V == 16 ? 32 : 16);  // of packs: their parameters must fit the registers
-  int64_t u = 0;
-  for (; pairs && u + 2 <= packs; u += 2) {
-    const int64_t at[2] = {pack_at<T>(u, width), pack_at<T>(u + 1, width)};
-    apply_columns<T, 2, SILU>(x, y, n, stride, at, lanes, w0, w1, w2, w3);
-  }
-  for (; u < packs; ++u) {
-    const int64_t at = pack_at<T>(u, width);
-    apply_columns<T, 1, SILU>(x, y, n, stride, &at, lanes, w0, w1, w2, w3);
+  T* y = static_cast<T*>(a.y) + base;
+  for (const Run& run : runs) {
+    const int64_t c = run.start;
+    apply_all_columns<T, SILU>(input<T>(a, run), run.stride, y + c, stride, n, run.width, w0 + c, w1 + c, w2 + c, w3 + c);
   }
 }
 

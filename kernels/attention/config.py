@@ -42,12 +42,12 @@ _HALF: dict[Kernel, dict[int, list[tuple[int, int, int, int]]]] = {
         256: [(64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)],
     },
     "backward_query": {
-        64: [(64, 64, 8, 2), (64, 64, 8, 1)],
+        64: [(64, 64, 8, 2), (64, 32, 8, 2)],
         128: [(64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)],
         256: [(64, 64, 8, 2), (64, 32, 8, 1)],
     },
     "backward_key": {
-        64: [(64, 64, 8, 2), (64, 64, 8, 1)],
+        64: [(64, 64, 8, 2), (32, 64, 8, 2)],
         128: [(64, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 1)],
         256: [(32, 64, 8, 2), (32, 32, 8, 1)],
     },
@@ -83,6 +83,8 @@ def plan(kernel: Kernel, tokens: int, channels: int, itemsize: int, heads: int, 
     block = power_of_two(channels)
     rows = (_HALF if itemsize == 2 else _FLOAT)[kernel]
     choices = rows[min(width for width in rows if width >= block)]
+    if kernel == "backward_key" and channels != block and itemsize == 2 and len(choices) > 1:
+        choices = choices[1:]  # masked channels cost registers
     longest = power_of_two(tokens)
 
     def programs(queries: int) -> int:

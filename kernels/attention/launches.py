@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..device import Device
+from ..device import Device, interpreting
 from ..launch import Launch
 from .config import Plan, plan
 
@@ -29,7 +29,8 @@ def _constants(q: Tensor, chosen: Plan) -> dict[str, Any]:
         "BLOCK_Q": chosen.block_queries,
         "BLOCK_K": chosen.block_keys,
         "EVEN": tokens % chosen.block_queries == 0 and tokens % chosen.block_keys == 0,
-        "PRECISION": "ieee",  # float32 products in float32: tf32 is not what a float32 network was asked for
+        # float32 products in float32: tf32 is not what a float32 network was asked for
+        "PRECISION": "widened" if interpreting() else "ieee",
         "STAGES": chosen.num_stages,
     }
 

@@ -1,4 +1,7 @@
-"""The torch.ops of attention: schemas, shapes, Triton on CUDA, PyTorch's fused attention on the CPU."""
+"""The torch.ops of attention: schemas, shapes, Triton on CUDA, PyTorch's fused attention on the CPU.
+
+logsumexp is what the backward of the same device reads: of base 2 on a GPU, natural on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -168,7 +171,7 @@ def _cpu_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        _rows(dout), _rows(q), _rows(k), _rows(v), out, logsumexp, 0.0, False
+        _rows(dout), _rows(q), _rows(k), _rows(v), _rows(out), logsumexp, 0.0, False
     )
     return _token_major(dq), _token_major(dk), _token_major(dv)
 

@@ -31,6 +31,14 @@ def _tile(pointer, token, channel, token_stride, channel_stride, tokens, D, EVEN
 
 
 @triton.jit
+def _dot(a, b, total, PRECISION: tl.constexpr):
+    if PRECISION == "widened":  # the interpreter cannot multiply bfloat16; in float32 the products are the same
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    else:
+        return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
 def _put(pointer, value, token, channel, token_stride, channel_stride, tokens, D):
     at = pointer + (token[:, None] * token_stride + channel[None, :] * channel_stride)
     tl.store(at, value.to(pointer.dtype.element_ty), (token < tokens)[:, None] & (channel < D)[None, :])
@@ -44,7 +52,7 @@ def forward(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out = softmax(q kᵀ/√d) v; log2_scale is log2(e)/√d, so that exponentials are powers of two."""
+    """out = softmax(q kᵀ/√d) v; log2_scale is log2(e)/√d: exponentials are powers of two, logsumexp of base 2."""
     b, h = _head(heads)
     q += b * q_batch + h * q_head
     k += b * k_batch + h * k_head
@@ -58,7 +66,7 @@ def forward(
     for start in tl.range(0, tokens, BLOCK_K, num_stages=STAGES):
         key = start + tl.arange(0, BLOCK_K)
         keys = _tile(k, key, channel, k_token, k_channel, tokens, D, EVEN, D == BLOCK_D)
-        logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * log2_scale
+        logits = _dot(queries, tl.trans(keys), None, PRECISION) * log2_scale
         if not EVEN:
             logits = tl.where((key < tokens)[None, :], logits, float("-inf"))
         peak = tl.maximum(largest, tl.max(logits, 1))
@@ -66,12 +74,12 @@ def forward(
         rescale = tl.exp2(largest - peak)
         total = total * rescale + tl.sum(weights, 1)
         values = _tile(v, key, channel, v_token, v_channel, tokens, D, EVEN, D == BLOCK_D)
-        mixed = tl.dot(weights.to(values.dtype), values, mixed * rescale[:, None], input_precision=PRECISION)
+        mixed = _dot(weights.to(values.dtype), values, mixed * rescale[:, None], PRECISION)
         largest = peak
     _put(out + b * out_batch + h * out_head, mixed / total[:, None], query, channel, out_token, out_channel, tokens, D)
     if logsumexp is not None:
         row = tl.program_id(1).to(tl.int64) * tokens
-        tl.store(logsumexp + row + query, (largest + tl.log2(total)) * 0.6931471805599453, query < tokens)
+        tl.store(logsumexp + row + query, largest + tl.log2(total), query < tokens)
 
 
 @triton.jit
@@ -100,7 +108,7 @@ def backward_query(
     mean = tl.sum(upstream.to(tl.float32) * result.to(tl.float32), 1)
     tl.store(delta + row, mean, query < tokens)
     queries = _tile(q, query, channel, q_token, q_channel, tokens, D, EVEN, D == BLOCK_D)
-    lse2 = tl.load(logsumexp + row, query < tokens, other=0.0) * 1.4426950408889634
+    lse2 = tl.load(logsumexp + row, query < tokens, other=0.0)
     gradient = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for start in tl.range(0, tokens, BLOCK_K, num_stages=STAGES):
         key = start + tl.arange(0, BLOCK_K)
@@ -109,17 +117,17 @@ def backward_query(
         if (
             KEYS_FIRST
         ):  # the same transposed: without matrix units the other order keeps queries in registers and spills
-            weights = tl.exp2(tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * log2_scale - lse2[None, :])
+            weights = tl.exp2(_dot(keys, tl.trans(queries), None, PRECISION) * log2_scale - lse2[None, :])
             if not EVEN:
                 weights = tl.where((key < tokens)[:, None], weights, 0.0)
-            slope = weights * (tl.dot(values, tl.trans(upstream), input_precision=PRECISION) - mean[None, :])
+            slope = weights * (_dot(values, tl.trans(upstream), None, PRECISION) - mean[None, :])
             slope = tl.trans(slope)
         else:
-            weights = tl.exp2(tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * log2_scale - lse2[:, None])
+            weights = tl.exp2(_dot(queries, tl.trans(keys), None, PRECISION) * log2_scale - lse2[:, None])
             if not EVEN:
                 weights = tl.where((key < tokens)[None, :], weights, 0.0)
-            slope = weights * (tl.dot(upstream, tl.trans(values), input_precision=PRECISION) - mean[:, None])
-        gradient = tl.dot(slope.to(keys.dtype), keys, gradient, input_precision=PRECISION)
+            slope = weights * (_dot(upstream, tl.trans(values), None, PRECISION) - mean[:, None])
+        gradient = _dot(slope.to(keys.dtype), keys, gradient, PRECISION)
     _put(dq + b * dq_batch + h * dq_head, gradient * scale, query, channel, dq_token, dq_channel, tokens, D)
 
 
@@ -148,11 +156,11 @@ def backward_key(
         queries = _tile(q, query, channel, q_token, q_channel, tokens, D, EVEN, D == BLOCK_D)
         upstream = _tile(dout, query, channel, dout_token, dout_channel, tokens, D, EVEN, D == BLOCK_D)
         # a query that does not exist: an infinite logsumexp makes its weights 0
-        lse2 = tl.load(logsumexp + row + query, query < tokens, other=float("inf")) * 1.4426950408889634
+        lse2 = tl.load(logsumexp + row + query, query < tokens, other=float("inf"))
         mean = tl.load(delta + row + query, query < tokens, other=0.0)
-        weights = tl.exp2(tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * log2_scale - lse2[None, :])
-        value_gradient = tl.dot(weights.to(upstream.dtype), upstream, value_gradient, input_precision=PRECISION)
-        slope = weights * (tl.dot(values, tl.trans(upstream), input_precision=PRECISION) - mean[None, :])
-        key_gradient = tl.dot(slope.to(queries.dtype), queries, key_gradient, input_precision=PRECISION)
+        weights = tl.exp2(_dot(keys, tl.trans(queries), None, PRECISION) * log2_scale - lse2[None, :])
+        value_gradient = _dot(weights.to(upstream.dtype), upstream, value_gradient, PRECISION)
+        slope = weights * (_dot(values, tl.trans(upstream), None, PRECISION) - mean[None, :])
+        key_gradient = _dot(slope.to(queries.dtype), queries, key_gradient, PRECISION)
     _put(dk + b * dk_batch + h * dk_head, key_gradient * scale, key, channel, dk_token, dk_channel, tokens, D)
     _put(dv + b * dv_batch + h * dv_head, value_gradient, key, channel, dv_token, dv_channel, tokens, D)

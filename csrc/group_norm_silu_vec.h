@@ -1,0 +1,155 @@
+// Vectors and coefficients that the GroupNorm–SiLU kernels share; all of internal linkage, see capability.h.
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "group_norm_silu.h"
+
+namespace sign_fast {
+namespace {
+
+using Vec = at::vec::Vectorized<float>;
+constexpr int64_t V = Vec::size();
+constexpr int64_t UNROLL = 4;  // float vectors in flight, which hides the latency of the additions
+constexpr int64_t RUN = 32;    // additions a float lane takes before it is moved to a double: bounds the rounding
+
+// One whole vector of T, widened to VECS vectors of float.
+template <typename T>
+constexpr int64_t VECS = sizeof(float) / sizeof(T);
+template <typename T>
+constexpr int64_t N = VECS<T> * V;
+
+template <typename T>
+struct Pack {
+  Vec v[VECS<T>];
+};
+
+template <typename T>
+inline Pack<T> load_pack(const T* p, int64_t count = N<T>) {
+  using Native = at::vec::Vectorized<T>;
+  const Native raw = count == N<T> ? Native::loadu(p) : Native::loadu(p, count);
+  if constexpr (std::is_same_v<T, float>) {
+    return {raw};
+  } else {
+    const auto [low, high] = at::vec::convert_to_float<T>(raw);
+    return {low, high};
+  }
+}
+
+template <typename T>
+inline void store_pack(T* p, const Pack<T>& x, int64_t count = N<T>) {
+  at::vec::Vectorized<T> raw;
+  if constexpr (std::is_same_v<T, float>) {
+    raw = x.v[0];
+  } else {
+    raw = at::vec::convert_from_float<T>(x.v[0], x.v[1]);
+  }
+  if (count == N<T>) {
+    raw.store(p);
+  } else {
+    raw.store(p, count);
+  }
+}
+
+// float parameters beside a pack of T
+template <typename T>
+inline Pack<T> load_floats(const float* p, int64_t count = N<T>) {
+  Pack<T> out;
+  for (int64_t k = 0; k < VECS<T>; ++k) {
+    const int64_t left = std::clamp<int64_t>(count - k * V, 0, V);
+    out.v[k] = left == V ? Vec::loadu(p + k * V) : left > 0 ? Vec::loadu(p + k * V, left) : Vec(0.f);
+  }
+  return out;
+}
+
+inline float sum(Vec x) {
+  return at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return a + b; }, x);
+}
+
+template <typename T>
+inline Pack<T> spread(float value) {
+  Pack<T> out;
+  for (auto& v : out.v) v = Vec(value);
+  return out;
+}
+
+// e^-x, within 3e-7; infinite from x = −89 on
+inline Vec exp_of_minus(Vec x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  // e^-x = 2^n·e^r, |r| ≤ ½ ln 2, and a polynomial of relative error 9e-8: half the instructions of exp_u20
+  const auto c = [](float value) { return _mm512_set1_ps(value); };
+  const __m512 within = _mm512_max_ps(_mm512_min_ps(x, c(104.f)), c(-89.f));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(within, c(-1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 r = _mm512_fnmsub_ps(n, c(0.693147182f), within);
+  __m512 p = _mm512_fmadd_ps(r, c(0.008290272f), c(0.04189816f));
+  p = _mm512_fmadd_ps(r, p, c(0.16667639f));
+  p = _mm512_fmadd_ps(r, p, c(0.49999148f));
+  p = _mm512_fmadd_ps(r, p, c(0.9999997f));
+  p = _mm512_fmadd_ps(r, p, c(1.f));
+  return _mm512_scalef_ps(p, n);
+#else
+  return x.neg().exp_u20();
+#endif
+}
+
+// 1/(1 + e^-x): of the exponential's relative error at most a quarter is left
+inline Vec sigmoid(Vec x) { return Vec(1.f) / (Vec(1.f) + exp_of_minus(x)); }
+
+// The last pack of a row ends with the row and so overlaps the one before: no partial loads but for narrow rows.
+template <typename T>
+inline int64_t pack_at(int64_t u, int64_t width) {
+  return std::max<int64_t>(0, std::min(u * N<T>, width - N<T>));
+}
+
+// what is added to channel c before it is normed
+inline double embedding(const NormInput& a, int64_t b, int64_t c) {
+  return (a.emb ? static_cast<double>(a.emb[b * a.emb_row + c]) : 0) + (a.input_bias ? a.input_bias[c] : 0.f);
+}
+
+// y = ((x − centre) − rest)·factor + offset; the centre is split in two floats so that a large mean loses no digits.
+struct Coefficients {
+  float centre, rest, factor, offset;
+};
+
+inline Coefficients coefficients(const NormInput& a, int64_t b, int64_t c, double mean, double rstd) {
+  const double centre = mean - embedding(a, b, c);
+  const double scale = 1.0 + (a.scale ? a.scale[b * a.scale_row + c] : 0.f);
+  const double shift = a.shift ? a.shift[b * a.shift_row + c] : 0.f;
+  const double weight = a.weight ? a.weight[c] : 1.f;
+  const double bias = a.bias ? a.bias[c] : 0.f;
+  const float high = static_cast<float>(centre);
+  return {high, static_cast<float>(centre - high), static_cast<float>(rstd * weight * scale),
+          static_cast<float>(bias * scale + shift)};
+}
+
+// Channels [start, start + width) of an item lie in one tensor: x, or x2 of a pair; an item has one or two such runs.
+struct Run {
+  int64_t start, width;
+  bool second;
+  int64_t offset;  // of pixel 0 and the first channel in its tensor
+  int64_t stride;  // from pixel to pixel, channels_last only
+};
+
+struct Runs {
+  Run runs[2];
+  int64_t count;
+  const Run* begin() const { return runs; }
+  const Run* end() const { return runs + count; }
+};
+
+inline Runs runs_of(const NormInput& a, int64_t b, int64_t first, int64_t width) {
+  const int64_t one = a.first_channels, two = a.channels - one, in_one = std::clamp<int64_t>(one - first, 0, width);
+  const int64_t step = a.channels_last ? 1 : a.pixels;
+  Runs out{};
+  if (in_one > 0) out.runs[out.count++] = {0, in_one, false, b * one * a.pixels + first * step, one};
+  if (in_one < width)
+    out.runs[out.count++] = {in_one, width - in_one, true, b * two * a.pixels + (first + in_one - one) * step, two};
+  return out;
+}
+
+}  // namespace
+}  // namespace sign_fast
