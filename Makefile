@@ -1,10 +1,12 @@
 # make demo   install into .venv, draw a grid of digits, time the providers      (PYTHON=python3: no .venv, no network)
 # make test   install into .venv and run every check: lint, types, tests
+# make gpu    the kernels on an NVIDIA GPU: tests, graphs, compute-sanitizer, timings   (nine minutes, RESULTS=out/gpu)
 # make wheel  a wheel in dist/          make clean   what make made
 
 VENV := .venv
 STAMP := $(VENV)/.installed
 OUT ?= out/demo
+RESULTS ?= out/gpu
 
 ifdef PYTHON
   # a locked-down machine: this interpreter as it is, straight from the source tree
@@ -15,7 +17,7 @@ else
   READY := $(STAMP)
 endif
 
-.PHONY: help demo test lint wheel clean in-place
+.PHONY: help demo test gpu lint wheel clean in-place
 help:
 	@sed -n '/^#/s/^# //p' Makefile
 
@@ -41,6 +43,10 @@ lint: $(READY)
 
 test: lint
 	$(PY) -m pytest
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels_triton
+
+gpu: $(filter-out in-place,$(READY))  # building the extension is its own first step
+	@$(PY) benchmarks/gpu.py --results "$(RESULTS)"
 
 wheel: $(READY)
 	$(PY) -m build --wheel --no-isolation

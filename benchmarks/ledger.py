@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -109,7 +110,7 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
-def append(path: Path, rows: list[dict[str, Any]]) -> None:
+def append(path: Path, rows: list[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> None:
     """Add whole rows under a lock; a new file gets the header first.
 
     Raises:
@@ -117,16 +118,16 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
     """
     make_folder(path.parent)
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     with explain_os_errors(path), path.open("a+", newline="") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         header = file.readline().rstrip("\r\n")
         if not header:
             writer.writeheader()
-        elif header.split(",") != COLUMNS:
+        elif header.split(",") != list(columns):
             raise SignFastError(f"{path} has other columns than this program writes: name another file with --ledger")
-        writer.writerows({name: row.get(name, "") for name in COLUMNS} for row in rows)
+        writer.writerows({name: row.get(name, "") for name in columns} for row in rows)
         size = os.fstat(file.fileno()).st_size
         try:
             file.write(text.getvalue())

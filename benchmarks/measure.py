@@ -36,7 +36,7 @@ def interleaved(providers: Sequence[Provider], batch: int, seconds: float, seed:
     return times
 
 
-def _quantile(values: list[float], q: float) -> float:
+def quantile(values: list[float], q: float) -> float:
     ordered = sorted(values)
     place = q * (len(ordered) - 1)
     low = int(place)
@@ -48,7 +48,7 @@ def summary(times: dict[str, list[float]], batch: int) -> dict[str, dict[str, fl
     """Per provider: images/s from the median, ms an image at p20/p50/p80, ratios to plain, rounds."""
     out = {}
     for name, values in times.items():
-        ms = {f"ms_p{q}": _quantile(values, q / 100) / batch * 1000 for q in (20, 50, 80)}
+        ms = {f"ms_p{q}": quantile(values, q / 100) / batch * 1000 for q in (20, 50, 80)}
         row = {"images_per_second": 1000 / ms["ms_p50"], **ms, "rounds": len(values)}
         if "plain" in times:
             row["ratio_to_plain"] = statistics.median(times["plain"]) / statistics.median(values)

@@ -1,0 +1,67 @@
+"""Held for every kernel's machine code: nothing spills, accesses are wide, attention on Hopper uses wgmma."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import codegen, kernel_cases
+from benchmarks.official_shapes import Norm, calls, official
+
+ROOT = Path(__file__).parents[2]
+PROCESSES = os.cpu_count() or 1
+OTHERS = [a for a in codegen.ARCHITECTURES if a != 90]
+
+
+@pytest.mark.parametrize("operation", kernel_cases.OPERATIONS)
+def test_machine_code(operation):
+    """All kernels with all their constants on sm_90, two shapes of each kernel on the other architectures."""
+    cases = kernel_cases.cases(operation, dtypes=("bfloat16", "float32"))
+    wanted = codegen.covering(codegen.jobs(cases, [90])) + codegen.few(codegen.jobs(cases, OTHERS))
+    rows = codegen.measure_all(wanted, PROCESSES)
+    assert {row["architecture"] for row in rows} == set(codegen.ARCHITECTURES)
+    assert not codegen.problems(rows), "\n".join(codegen.problems(rows))
+
+
+def test_rows_that_break_the_rules_are_found():
+    good = {
+        "architecture": 90, "kernel": "k", "dtype": "bfloat16", "shape": "s", "batch": 1, "constants": "",
+        "spilled_bytes": 0, "atomics": 0, "wide_share": 0.951, "must_be_wide": True, "matrix": "HGMMA:2",
+    }  # fmt: skip
+    assert not codegen.problems([good, {**good, "matrix": "HMMA:2", "architecture": 80}])
+    assert not codegen.problems([{**good, "wide_share": 0.2, "must_be_wide": False}, {**good, "wide_share": ""}])
+    for bad in ({"spilled_bytes": 8}, {"atomics": 1}, {"wide_share": 0.94}, {"matrix": "HMMA:2"}):
+        assert len(codegen.problems([{**good, **bad}])) == 1
+
+
+def test_the_shapes_are_the_networks():
+    """Counts that SPEC.md lists, of GroupNorms and attention calls in one forward pass."""
+    assert sum(n for call, n in calls("cifar10-uncond-vp").items() if isinstance(call, Norm)) == 73
+    assert sum(n for call, n in calls("imagenet64-cond-adm").items() if isinstance(call, Norm)) == 95
+    group_channels = {call.channels // call.groups for call in official(Norm)}
+    assert group_channels == {4, 6, 8, 12, 16, 18, 24, 30, 36, 42, 48}
+
+
+def test_command(tmp_path):
+    out = tmp_path / "table.csv"
+    command = ["benchmarks/codegen.py", "--architectures", "90", "--dtypes", "bfloat16", "--depth", "few", "--out", out]
+    operation = ["--operations", "group_norm_silu", "--processes", str(PROCESSES)]
+    done = subprocess.run([sys.executable, *map(str, command), *operation], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(out.open()))
+    assert {"forward_tile", "backward_tile", "parameter_gradients"} <= {row["kernel"] for row in rows}
+    assert all(row["architecture"] == "90" and row["dtype"] == "bfloat16" for row in rows)
+    assert "forward_tile" in done.stdout and "registers" in done.stdout
+    assert list(rows[0])[:3] == ["architecture", "operation", "kernel"]
+
+
+def test_bad_arguments_are_named():
+    done = subprocess.run(
+        [sys.executable, "benchmarks/codegen.py", "--architectures", "91"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "'91' is not among 80, 89, 90, 100, 120" in done.stderr
