@@ -123,8 +123,7 @@ def compile_kernels(compiler: Any, folder: str) -> list[str]:
         source, name = job
         target = Path(folder, name.lower())
         built = target / source.replace(".cpp", ".o")
-        needs = [source, source.replace("_kernel.cpp", ".h"), "csrc/capability.h", "setup.py"]
-        newest = max(os.path.getmtime(ROOT / file) for file in needs if (ROOT / file).exists())
+        newest = max(os.path.getmtime(ROOT / file) for file in [source, *HEADERS, "setup.py"])
         if not built.exists() or built.stat().st_mtime < max(newest, os.path.getmtime(torch.__file__)):
             macros = [("CPU_CAPABILITY", name), (f"CPU_CAPABILITY_{name}", None), ("SIGN_FAST_CAPABILITY", name)]
             compiler.compile(

@@ -86,7 +86,7 @@ class Case(ABC):
         return self.torch_dtype.itemsize
 
 
-OPERATIONS = ("group_norm_silu", "attention")
+OPERATIONS = ("group_norm_silu", "attention", "distill_loss")
 
 
 def cases(

@@ -91,6 +91,8 @@ class _DistillLoss(torch.autograd.Function):
     def backward(ctx: Any, for_student: OptionalTensor, for_fake: OptionalTensor) -> tuple[Any, ...]:
         images, y_real, y_fake, factors, student_weight, fake_weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
+        if for_student is None:  # the fake loss takes the images as data, but where it is the only loss
+            needs = (needs[0] and ctx.mode == "fake", False, needs[2])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             arguments = (images, y_real, y_fake, ctx.alpha, student_weight, fake_weight, ctx.mode)
             return (*_differentiable_backward(arguments, needs, for_student, for_fake), None, None, None, None)

@@ -64,7 +64,7 @@ def forward(
     fake_weight: Tensor | None,
     mode: Mode,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(student (B,), fake (B,), factors (2, B)): the losses; 1/omega or the given weight; 1 or 0 for a NaN sample."""
+    """(student (B,), fake (B,), factors (2, B)): losses; 1/omega or the given weight, 0 for a NaN sample; 1, 0 for a NaN sample."""
     read = (images, y_fake) if mode == "fake" else (images, y_real, y_fake)
     keep = _wide(1 - torch.stack([t.isnan().flatten(1).any(1) for t in read]).any(0).to(torch.int8))
     x, fake = drop_nan_samples(*read)[0], drop_nan_samples(*read)[-1]
@@ -78,7 +78,7 @@ def forward(
         else:
             student = 0.5 * _per_sample_sum((gap * factor.reshape(-1, *[1] * (x.ndim - 1))) ** 2)
     losses = torch.zeros_like(keep) if fake_weight is None else fake_weight * _per_sample_sum((fake - x) ** 2)
-    return student * keep, losses * keep, torch.stack([factor, keep])
+    return student * keep, losses * keep, torch.stack([torch.where(keep > 0, factor, 0), keep])
 
 
 def gradients(

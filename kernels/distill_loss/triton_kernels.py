@@ -57,7 +57,7 @@ def _losses(
         tl.store(fake_loss + b, tl.where(keep, error * tl.load(fake_weight + b).to(tl.float32), 0.0))
     else:
         tl.store(fake_loss + b, 0.0)
-    tl.store(factors + b, factor)
+    tl.store(factors + b, tl.where(keep, factor, 0.0))
     tl.store(factors + batch + b, keep.to(tl.float32))
     return factor, keep
 
@@ -138,15 +138,19 @@ def _write(
             gradient = -gap * student_scale
         tl.store(d_images + at, tl.where(keep, gradient, 0.0), mask)
     if d_real is not None:
-        tl.store(d_real + at, tl.where(keep, (residual + (1.0 - 2.0 * alpha) * gap) * student_scale, 0.0), mask)
+        if STUDENT == 1:
+            gradient = (residual + (1.0 - 2.0 * alpha) * gap) * student_scale
+        else:
+            gradient = tl.zeros_like(gap)
+        tl.store(d_real + at, tl.where(keep, gradient, 0.0), mask)
     slope = (2.0 * alpha * gap - residual) * student_scale
     if d_fake is not None:
-        if APART:
-            total = slope
-        elif STUDENT == 1 and FAKE:
+        if STUDENT == 1 and FAKE and not APART:
             total = slope + error
         elif STUDENT == 1:
             total = slope
+        elif APART or not FAKE:
+            total = tl.zeros_like(gap)
         else:
             total = error
         tl.store(d_fake + at, tl.where(keep, total, 0.0), mask)
