@@ -1,6 +1,6 @@
 """How the distillation losses are cut into programs: an analytical rule, nothing is timed.
 
-A thread reads 16 bytes of every input at a time. A sample that one program can hold (`ON_CHIP` elements, found by
+A thread reads 16 bytes of every input at a time. A sample that one program can hold (`on_chip_limit`, found by
 compiling: three inputs and what is made of them fit in registers) gives losses and gradients in one read. Elsewhere a
 program sums a span of a sample, at most `SPANS` a sample, and gradients are a second pass.
 """
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from ..device import Device
 
-ON_CHIP = 8192
 SPANS = 128
 
 
@@ -46,9 +45,14 @@ def elementwise(size: int) -> Plan:
     return Plan(block, block, 8 if block >= 2048 else 4)
 
 
-def on_chip(size: int) -> Plan | None:
+def on_chip_limit(itemsize: int, device: Device) -> int:
+    """Elements of a sample that a program holds without spilling: packed half precision takes half the registers."""
+    return 16384 if itemsize == 2 and device.architecture < 120 else 8192
+
+
+def on_chip(size: int, itemsize: int, device: Device) -> Plan | None:
     """For losses and gradients at once, or None where a sample is too large."""
-    if size > ON_CHIP:
+    if size > on_chip_limit(itemsize, device):
         return None
     block = max(32, power_of_two(size))
     return Plan(block, block, max(1, min(16, block // (32 * 16))))

@@ -64,7 +64,10 @@ def forward(
     fake_weight: Tensor | None,
     mode: Mode,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(student (B,), fake (B,), factors (2, B)): losses; 1/omega or the given weight, 0 for a NaN sample; 1, 0 for a NaN sample."""
+    """(student (B,), fake (B,), factors (2, B)).
+
+    factors: 1/omega or the given weight, then 1; both 0 for a NaN sample.
+    """
     read = (images, y_fake) if mode == "fake" else (images, y_real, y_fake)
     keep = _wide(1 - torch.stack([t.isnan().flatten(1).any(1) for t in read]).any(0).to(torch.int8))
     x, fake = drop_nan_samples(*read)[0], drop_nan_samples(*read)[-1]

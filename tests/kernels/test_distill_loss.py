@@ -1,4 +1,4 @@
-"""The distillation losses on the CPU: against float64, the published programs' numbers, and torch's own rules for ops."""
+"""The distillation losses on the CPU: against float64, the published numbers, and torch's own rules for ops."""
 
 from __future__ import annotations
 
