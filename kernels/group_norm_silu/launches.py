@@ -209,7 +209,7 @@ def launches_backward(
     input_sum: bool = False,
 ) -> list[Launch]:
     """Backward launches into dx, dx2 and sums (3, B, C); dy and stream share their strides."""
-    from . import triton_kernels as kernels
+    from . import triton_backward as kernels
 
     shape = _Shape(x, x2, num_groups, device, True, stream is not None)
     arguments: dict[str, Any] = {
@@ -278,7 +278,7 @@ def launches_parameter_gradients(
     dscale: Tensor | None,
 ) -> list[Launch]:
     """From sums (3, B, C) to vectors (3, C) and dscale (B, C), one launch."""
-    from . import triton_kernels as kernels
+    from . import triton_backward as kernels
 
     _, batch, channels = sums.shape
     block = 32
