@@ -17,6 +17,9 @@ else
   READY := $(STAMP)
 endif
 
+# a process a core; every test runs on one thread
+PARALLEL = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo -n auto)
+
 .PHONY: help demo test gpu lint wheel clean in-place
 help:
 	@sed -n '/^#/s/^# //p' Makefile
@@ -42,8 +45,8 @@ lint: $(READY)
 	@if $(PY) -c 'import mypy' 2>/dev/null; then $(PY) -m mypy; else echo "mypy is not installed here: no types"; fi
 
 test: lint
-	$(PY) -m pytest
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels_triton
+	$(PY) -m pytest $(PARALLEL)
+	TRITON_INTERPRET=1 $(PY) -m pytest $(PARALLEL) tests/kernels_triton
 
 gpu: $(filter-out in-place,$(READY))  # building the extension is its own first step
 	@$(PY) benchmarks/gpu.py --results "$(RESULTS)"

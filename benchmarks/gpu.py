@@ -7,6 +7,7 @@ compute-sanitizer, times the kernels. Each step has a time limit and a log; a st
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -44,11 +45,16 @@ def _pytest(*arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments)
 
 
+def _lacks(file: Path) -> str:
+    needs = "hypothesis" in file.read_text() and importlib.util.find_spec("hypothesis") is None
+    return "hypothesis is not installed" if needs else ""
+
+
 def phases(results: Path) -> list[list[Step]]:
     """The steps of one phase run at the same time; timing has the machine to itself."""
     folder = ROOT / "tests" / "kernels_triton"
     tests = [
-        Step(f"tests: {file.name}", _pytest(str(file.relative_to(ROOT))), 240, "tests.log")
+        Step(f"tests: {file.name}", _pytest(str(file.relative_to(ROOT))), 240, "tests.log", missing=_lacks(file))
         for file in sorted(folder.glob("test_*.py"))
         if file.name != "test_capture.py"
     ]

@@ -6,7 +6,6 @@ import group_norm_cases as cases
 import pytest
 import torch
 
-import oracle
 from oracle import TRITON_DEVICE, assert_close
 from sign_fast import functional
 from sign_fast.kernels import dispatch
@@ -201,39 +200,3 @@ def test_offsets_beyond_two_to_the_31():
     assert torch.equal(
         y[-2:], functional.group_norm_silu(x[-2:].clone(memory_format=torch.preserve_format), 32, None, None)
     )
-
-
-if oracle.RUNS_TRITON:
-    from hypothesis import Phase, given, settings
-    from hypothesis import strategies as st
-
-    @settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
-    @given(
-        batch=st.integers(1, 3),
-        groups=st.integers(1, 6),
-        group_channels=st.integers(1, 13),
-        height=st.integers(1, 7),
-        width=st.integers(1, 7),
-        dtype=st.sampled_from(DTYPES),
-        channels_last=st.booleans(),
-        silu=st.booleans(),
-        folds=st.sets(st.sampled_from(["weight", "bias", "emb", "input_bias", "scale", "shift"])),
-        seam=st.floats(0, 1),
-        seed=st.integers(0, 99),
-    )
-    def test_any_shape_and_fold(
-        batch, groups, group_channels, height, width, dtype, channels_last, silu, folds, seam, seed
-    ):
-        channels = groups * group_channels
-        check(
-            cases.make(
-                (batch, channels, height, width),
-                groups,
-                dtype,
-                channels_last=channels_last,
-                silu=silu,
-                folds=" ".join(sorted(folds)),
-                second=int(seam * (channels - 1)),
-                seed=seed,
-            )
-        )
