@@ -207,6 +207,81 @@ class GroupNorm(nn.Module):
         return f"{self.weight.numel()}, num_groups={self.num_groups}, eps={self.eps}"
 
 
+class Attention(nn.Module):
+    """Self-attention over the pixels of a (B, 3·C, H, W) projection -> (B, C, H, W), without parameters.
+
+    Args:
+        num_heads: C is a multiple of it.
+        interleaved: whether q, k and v take turns channel by channel, as in the published networks.
+    """
+
+    def __init__(self, num_heads: int, interleaved: bool = True) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.interleaved = interleaved
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        """softmax(qᵀk/√d)·v; see `functional.projected_attention`."""
+        return functional.projected_attention(qkv, self.num_heads, interleaved=self.interleaved)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, interleaved={self.interleaved}"
+
+
+class DistillLoss(nn.Module):
+    """The student's and the fake score's losses of the same predictions (SiD, eq. 23 and Algorithm 1).
+
+    Args:
+        alpha: 1.2 published, 1.0 for AFHQ.
+        sigma_data: the data's standard deviation.
+    """
+
+    def __init__(self, alpha: float = 1.2, sigma_data: float = 0.5) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.sigma_data = sigma_data
+
+    def forward(
+        self, images: Tensor, y_real: Tensor, y_fake: Tensor, sigma: Tensor, *, weight: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(student (B,), fake (B,)); see `functional.distill_losses`."""
+        return functional.distill_losses(images, y_real, y_fake, sigma, self.alpha, self.sigma_data, weight=weight)
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, sigma_data={self.sigma_data}"
+
+
+class SamplerStep(nn.Module):
+    """scale·D + σ·n with D = c_skip·x + c_out·F and n from each image's seed: what lies between two network calls.
+
+    Args:
+        scale, sigma: of the next state; `sigma` without effect where no seeds are given.
+    """
+
+    def __init__(self, scale: float = 1.0, sigma: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.sigma = sigma
+
+    def forward(
+        self,
+        x: Tensor,
+        network_output: Tensor | None = None,
+        c_skip: Tensor | None = None,
+        c_out: Tensor | None = None,
+        *,
+        seeds: Tensor | None = None,
+        step: int = 0,
+    ) -> Tensor:
+        """The next state (B, C, H, W); see `functional.sampler_step`."""
+        return functional.sampler_step(
+            x, network_output, c_skip, c_out, seeds=seeds, step=step, scale=self.scale, sigma=self.sigma
+        )
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}, sigma={self.sigma}"
+
+
 class PositionalEmbedding(nn.Module):
     """[cos(x·w), sin(x·w)] with w_j = max_positions^(−j/(half − endpoint)) (Vaswani et al. 2017, section 3.5).
 
