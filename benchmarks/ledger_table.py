@@ -1,13 +1,16 @@
 """Writes README's tables from the ledger, so that every figure there has a row; --check only compares.
 
 A table stands between `<!-- ledger preset=digits-uncond device_type=cpu -->` and `<!-- /ledger -->`; the words filter
-the rows, the newest run of each batch size is shown.
+the rows, the newest run of each batch size is shown. `<!-- kernels device_type=cpu -->` is the same of the ledger of
+single operations: the newest run, summed up over its shapes.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file; an installed sign_fast goes before the tree's
@@ -15,7 +18,7 @@ if __package__ in (None, ""):  # run as a file; an installed sign_fast goes befo
 
 import click
 
-_MARKED = re.compile(r"(<!-- ledger ([^>]*?) ?-->\n).*?(<!-- /ledger -->)", re.S)
+_MARKED = re.compile(r"(<!-- (ledger|kernels) ([^>]*?) ?-->\n).*?(<!-- /\2 -->)", re.S)
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
@@ -42,6 +45,29 @@ def markdown(rows: list[dict[str, str]]) -> str:
     return "\n".join([*lines, "", *(f"<sub>{source}</sub>" for source in sorted(sources))]) + "\n"
 
 
+def kernels_markdown(rows: list[dict[str, str]]) -> str:
+    """The newest run of these rows: for each operation its speed against eager PyTorch over all shapes."""
+    last = max(rows, key=lambda r: r["date"])
+    found: defaultdict[tuple[str, str, str, str], list[float]] = defaultdict(list)
+    for r in rows:
+        if (r["date"], r["command"], r["provider"]) == (last["date"], last["command"], "sign_fast"):
+            key = (r["operation"], r["direction"], r["dtype"], r["batch"])
+            found[key].append(float(r["ratio_to_eager"]))
+    lines = ["| operation | direction | batch | shapes | times as fast as eager (geometric mean) | least | most |"]
+    lines.append("|---|---|---:|---:|---:|---:|---:|")
+    for (operation, direction, dtype, batch), ratios in found.items():
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        lines.append(
+            f"| `{operation}` {dtype} | {direction} | {batch} | {len(ratios)} "
+            f"| {mean:.2f}× | {min(ratios):.2f}× | {max(ratios):.2f}× |"
+        )
+    source = (
+        f"{last['device']}, {last['threads']} threads, driver {last['driver']}, torch {last['torch']}, "
+        f"commit {last['commit']}, {last['date'][:10]}: `{last['command']}`"
+    )
+    return "\n".join([*lines, "", f"<sub>{source}</sub>"]) + "\n"
+
+
 _ORDER = ["plain", "compile", "sign_fast"]
 _BUNDLED = re.compile(r"(<!-- bundled -->\n).*?(<!-- /bundled -->)", re.S)
 
@@ -57,24 +83,27 @@ def bundled() -> str:
     return "\n".join(lines) + "\n"
 
 
-def rewritten(text: str, rows: list[dict[str, str]]) -> str:
-    """`text` with every marked table made anew.
+def rewritten(text: str, rows: list[dict[str, str]], kernel_rows: list[dict[str, str]] | None = None) -> str:
+    """`text` with every marked table made anew, from the rows of the ledger and of the kernels' ledger.
 
     Raises:
         ValueError: a filter that no row passes or no column has, or a marker without its end.
     """
 
     def table(match: re.Match[str]) -> str:
-        wanted = dict(word.split("=", 1) for word in match[2].split())
-        if unknown := [key for key in wanted if rows and key not in rows[0]]:
+        start, book, words, end = match.groups()
+        pages, show = (rows, markdown) if book == "ledger" else (kernel_rows or [], kernels_markdown)
+        wanted = dict(word.split("=", 1) for word in words.split())
+        if unknown := [key for key in wanted if pages and key not in pages[0]]:
             raise ValueError(f"the ledger has no column {unknown[0]}")
-        chosen = [r for r in rows if all(r[key] == value for key, value in wanted.items())]
+        chosen = [r for r in pages if all(r[key] == value for key, value in wanted.items())]
         if not chosen:
-            raise ValueError(f"no ledger row for {match[2]}")
-        return f"{match[1]}{markdown(chosen)}{match[3]}"
+            raise ValueError(f"no ledger row for {words}")
+        return f"{start}{show(chosen)}{end}"
 
-    if text.count("<!-- ledger ") != len(_MARKED.findall(text)):
-        raise ValueError("a <!-- ledger … --> has no <!-- /ledger -->")
+    for book in ("ledger", "kernels"):
+        if text.count(f"<!-- {book} ") != sum(match[1] == book for match in _MARKED.findall(text)):
+            raise ValueError(f"a <!-- {book} … --> has no <!-- /{book} -->")
     return _BUNDLED.sub(lambda match: f"{match[1]}{bundled()}{match[2]}", _MARKED.sub(table, text))
 
 
@@ -82,13 +111,14 @@ def rewritten(text: str, rows: list[dict[str, str]]) -> str:
 @click.option("--check", is_flag=True, help="Write nothing; exit with 1 if the file is not current.")
 @click.argument("path", type=click.Path(path_type=Path, exists=True, dir_okay=False), default="README.md")
 def main(check: bool, path: Path) -> None:
-    """Make the tables of PATH (README.md) from benchmarks/results/ledger.csv."""
+    """Make the tables of PATH (README.md) from benchmarks/results/ledger.csv and kernels.csv."""
+    from benchmarks.kernels import LEDGER as KERNELS
     from benchmarks.ledger import DEFAULT, read
     from sign_fast.checkpoints.atomic import write_text
 
     text = path.read_text(encoding="utf-8")
     try:
-        new = rewritten(text, read(DEFAULT))
+        new = rewritten(text, read(DEFAULT), read(KERNELS))
     except (OSError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     if check and new != text:

@@ -118,8 +118,9 @@ def plan(call: Call, device: Device) -> Plan:
         width = good[-1] if good else width
     # 16 warps, one program a multiprocessor: fewer bytes at a time to keep in the cache; loads run ahead of their use
     block = power_of_two(width)
-    step = min(pixels, max(1, (4096 if call.backward or call.joins else 8192) // block))
-    warps = _warps(block * step, 8 if call.backward or call.joins else 16, 16)
+    half = call.backward or call.joins or block >= 256  # more would spill
+    step = min(pixels, max(1, (4096 if half else 8192) // block))
+    warps = _warps(block * step, 8 if half else 16, 16)
     own = width * call.pixels * call.itemsize * (2 if call.backward or call.joins else 1)
     at_a_time = own * min(programs(width), device.multiprocessors)
     if own <= 96 << 10 or (programs(width) >= device.multiprocessors and at_a_time <= 0.7 * device.l2_bytes):

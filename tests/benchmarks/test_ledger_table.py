@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.kernels import LEDGER as KERNELS
 from benchmarks.ledger import COLUMNS, DEFAULT, read
 from benchmarks.ledger_table import rewritten
 
@@ -20,7 +21,8 @@ def row(**changes):
 def test_readme_is_current():
     text = (ROOT / "README.md").read_text()
     assert "<!-- ledger" in text
-    assert rewritten(text, read(DEFAULT)) == text
+    assert "<!-- kernels" in text
+    assert rewritten(text, read(DEFAULT), read(KERNELS)) == text
 
 
 def test_newest_row_of_each_provider_is_shown():
@@ -47,3 +49,26 @@ def test_unknown_columns_and_open_markers_are_errors():
         rewritten("<!-- ledger colour=red -->\n<!-- /ledger -->", [row()])
     with pytest.raises(ValueError, match="has no <!-- /ledger -->"):
         rewritten("<!-- ledger preset=p -->\n", [row()])
+
+
+def test_kernels_are_summed_up_over_the_newest_runs_shapes():
+    def kernel(**changes):
+        base = {
+            "date": "2026-02-01", "command": "c", "device": "d", "threads": "2", "driver": "none", "torch": "t",
+            "commit": "abc", "device_type": "cpu", "operation": "norm", "direction": "forward", "dtype": "float32",
+            "batch": "16", "provider": "sign_fast", "ratio_to_eager": "2",
+        }  # fmt: skip
+        return {**base, **changes}
+
+    rows = [
+        kernel(date="2026-01-01", ratio_to_eager="99"),
+        kernel(),
+        kernel(ratio_to_eager="8"),
+        kernel(provider="eager", ratio_to_eager="1"),
+        kernel(device_type="cuda", ratio_to_eager="77"),
+    ]
+    text = rewritten("<!-- kernels device_type=cpu -->\n<!-- /kernels -->", [], rows)
+    assert "| `norm` float32 | forward | 16 | 2 | 4.00× | 2.00× | 8.00× |" in text
+    assert "99" not in text and "77" not in text
+    with pytest.raises(ValueError, match="no ledger row for device_type=tpu"):
+        rewritten("<!-- kernels device_type=tpu -->\n<!-- /kernels -->", [], rows)
