@@ -34,11 +34,11 @@ def _indexing() -> Iterator[None]:
 
 @contextlib.contextmanager
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
-    """A mode in which "cuda:0" is an H100."""
+    """A mode, yet to be entered, in which "cuda:0" is an H100."""
     monkeypatch.setattr(device, "_cuda_device", lambda index: device.KNOWN[90])
     device._gpu_reason.cache_clear()
     try:
-        with _indexing(), FakeTensorMode() as mode:
-            yield mode
+        with _indexing():
+            yield FakeTensorMode()
     finally:
         device._gpu_reason.cache_clear()
