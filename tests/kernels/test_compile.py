@@ -289,13 +289,15 @@ def test_inductor(fresh):
     check_values(compiled(net, "inductor"), net, *inputs(net, torch.channels_last))
 
 
-def test_one_graph_for_every_batch(fresh):
-    net = network("digits", torch.channels_last)
-    graphs = Graphs(torch._dynamo.lookup_backend("aot_eager"))
+@BOTH_LAYOUTS
+def test_one_graph_for_every_batch(layout, fresh):
+    net = network("digits", layout)
+    graphs = Graphs()
     function = compiled(net, graphs, dynamic=True)
     for batch in (2, 3, 5):
-        check_values(function, net, *inputs(net, torch.channels_last, batch))
-    assert len(graphs.graphs) == 1
+        check_values(function, net, *inputs(net, layout, batch))
+        check_with_gradients(function, net, *inputs(net, layout, batch))
+    assert len(graphs.graphs) == 2
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
