@@ -8,7 +8,7 @@ from . import device, extension
 
 
 def operations() -> dict[str, str]:
-    """{"operation, device": implementation or the reason why the fast one is not there}; one row for each kind of GPU."""
+    """{"operation, device": implementation or the reason why the fast one is not there}, a row for each GPU."""
     missing = extension.missing()
     plain = "" if missing is None else f"plain PyTorch: {missing}"
     table = {
