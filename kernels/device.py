@@ -78,8 +78,18 @@ def _gpu_reason(index: int) -> Reason | None:
     return None
 
 
+def gpu_reason(index: int) -> Reason | None:
+    """None when Triton's kernels run on that GPU, otherwise why not."""
+    return _gpu_reason(index)
+
+
+# torch.compile calls it while tracing instead of tracing into find_spec, at which it would break the graph; this is
+# what torch.compiler.assume_constant_result sets, which would import the compiler along with sign_fast
+gpu_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def supports_triton(x: Tensor) -> Reason | None:
     """None when Triton's kernels can take x, otherwise why not."""
     if x.is_cuda:
-        return _gpu_reason(x.device.index)
+        return gpu_reason(x.device.index)
     return None if interpreting() and x.is_cpu else _NOT_A_GPU

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import torch
 
-from . import extension
+from . import device, extension
 
 
 def operations() -> dict[str, str]:
-    """{"operation, device": implementation or the reason why the fast one is not there}."""
+    """{"operation, device": implementation or the reason why the fast one is not there}, a row for each GPU."""
     missing = extension.missing()
-    norm = "C++ without gradients, plain PyTorch with" if missing is None else f"plain PyTorch: {missing}"
-    plain = "plain PyTorch: no faster version exists yet"
+    plain = "" if missing is None else f"plain PyTorch: {missing}"
     table = {
-        "group_norm_silu, cpu": norm,
-        "attention, cpu": "PyTorch's fused attention",
-        "distill_loss, cpu": plain,
-        "sampler_step, cpu": plain,
+        "group_norm_silu, cpu": plain or "C++",
+        "attention, cpu": "PyTorch's flash attention",
+        "distill_loss, cpu": plain or "C++",
+        "sampler_step, cpu": plain or "C++, gradients in plain PyTorch",
     }
-    if torch.cuda.is_available():
+    for index in range(torch.cuda.device_count()):
+        reason = device.gpu_reason(index)
+        slow = "" if reason is None else f"plain PyTorch: {reason}"
         table |= {
-            "group_norm_silu, cuda": plain,
-            "attention, cuda": "PyTorch's fused attention",
-            "distill_loss, cuda": plain,
-            "sampler_step, cuda": plain,
+            f"group_norm_silu, cuda:{index}": slow or "Triton",
+            f"attention, cuda:{index}": slow or "Triton",
+            f"distill_loss, cuda:{index}": slow or "Triton",
+            f"sampler_step, cuda:{index}": slow or "Triton, gradients in plain PyTorch",
         }
     return table

@@ -187,8 +187,8 @@ def _cpu_projected(qkv: Tensor, num_heads: int, interleaved: bool) -> Tensor:
 
 def _like_projected(out: Tensor, qkv: Tensor) -> Tensor:
     """(B, heads, T, d) token-major -> (B, heads·d, H, W) in qkv's memory format."""
-    batch, _, height, width = qkv.shape
-    image = out.transpose(1, 2).reshape(batch, height, width, -1).permute(0, 3, 1, 2)
+    batch, channels, height, width = qkv.shape
+    image = out.transpose(1, 2).reshape(batch, height, width, channels // 3).permute(0, 3, 1, 2)
     return image.contiguous(memory_format=suggest_memory_format(qkv))
 
 
