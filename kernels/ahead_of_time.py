@@ -120,6 +120,11 @@ def specialise(launch: Launch) -> Specialisation:
     return Specialisation(signature, constants, attributes)
 
 
+def _fusion(launch: Launch) -> bool:
+    """Whether multiplications and additions may fuse, which a launch can forbid."""
+    return bool(getattr(launch, "enable_fp_fusion", True))
+
+
 def key(launch: Launch) -> str:
     """A short text that is equal for launches that run the same machine code, in every process."""
     signature, constants, attributes = specialise(launch)
@@ -130,6 +135,7 @@ def key(launch: Launch) -> str:
         [place for (place,) in attributes],
         launch.num_warps,
         launch.num_stages,
+        _fusion(launch),
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
 
@@ -163,7 +169,11 @@ def compile(launch: Launch, architecture: int) -> Compiled:
 
     signature, constants, attributes = specialise(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = {
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        "enable_fp_fusion": _fusion(launch),
+    }
     with _without_line_information():
         done = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     return Compiled(

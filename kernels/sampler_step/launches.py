@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,8 +19,16 @@ from .config import Call, plan
 class Unfused(Launch):
     """A launch without fused multiply-adds: the bits are those of plain torch, whatever the layout."""
 
+    enable_fp_fusion: ClassVar[bool] = False
+
     def run(self) -> None:
-        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.num_warps, enable_fp_fusion=False)
+        self.kernel[self.grid](
+            **self.arguments,
+            **self.constants,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+            enable_fp_fusion=self.enable_fp_fusion,
+        )
 
 
 def shape_reason(elements: int) -> Reason | None:

@@ -159,7 +159,9 @@ def sampler_step(
 
 def finish_images(x: Tensor, network_output: Tensor | None, c_skip: Tensor | None, c_out: Tensor | None) -> Tensor:
     d = _denoised(x, network_output, c_skip, c_out) * 127.5 + 128
-    return d.nan_to_num(0.0).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    d = d.nan_to_num(0.0).clip(0, 255).permute(0, 2, 3, 1)
+    # not contiguous(), which leaves a single channel's or image's strides as they are
+    return d.to(torch.uint8, memory_format=torch.contiguous_format)
 
 
 def precondition(x: Tensor, network_output: Tensor, c_skip: Tensor, c_out: Tensor) -> Tensor:
