@@ -128,7 +128,7 @@ Tensor sampler_step(const Tensor& x, const OptionalTensor& network_output, const
     args.scale = a.data, args.scale_row = a.stride;
     args.sigma = s.data, args.sigma_row = s.stride;
   }
-  Tensor y = at::empty_like(input.x);
+  Tensor y = at::empty(x.sizes(), x.options(), x.suggest_memory_format());
   args.y = y.data_ptr();
   args.y_dtype = args.x_dtype;
   launch(args);
