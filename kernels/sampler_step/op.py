@@ -35,12 +35,14 @@ _COEFFICIENTS = Reason("the coefficients are not one for each image")
 def supports(device: Tensor, elements: int, *dtypes: torch.dtype, noise: bool = False) -> Reason | None:
     """None when a fast version takes images of so many elements on that tensor's device, otherwise why not.
 
-    Where there is noise to draw a compiler gains nothing on the C++ version.
+    A compiler gains nothing where there is noise to draw: it calls the operator, whatever implements that.
     """
     if not _DTYPES.issuperset(dtypes):
         return _DTYPE
     if device.is_cpu and not interpreting():
-        return _COMPILING if torch.compiler.is_compiling() and not noise else extension.missing()
+        if torch.compiler.is_compiling():
+            return None if noise else _COMPILING
+        return extension.missing()
     return supports_triton(device) or shape_reason(elements)
 
 
