@@ -372,10 +372,11 @@ def philox_normal(
         (B, C, H, W) in dtype and memory_format.
 
     Raises:
-        ValueError: seeds, shape or memory_format are not as above.
+        ValueError: seeds, shape, dtype or memory_format are not as above.
     """
     _check_seeds(seeds)
-    _check(len(shape) == 3, f"shape must be (C, H, W), not {tuple(shape)}")
+    _check(len(shape) == 3 and min(shape) >= 0, f"shape must be (C, H, W), not {tuple(shape)}")
+    _check(dtype.is_floating_point, f"dtype must be a floating dtype, not {dtype}")
     _check(memory_format in (torch.contiguous_format, torch.channels_last), f"{memory_format} is not supported")
     seeds = seeds if device is None else seeds.to(device)
     return _sampler_step.philox_normal(seeds, step, tuple(shape), scale, dtype, memory_format == torch.channels_last)

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import warnings
+from contextlib import contextmanager
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from oracle import assert_close
+from sign_fast import functional
+from sign_fast.kernels import dispatch, extension
 from sign_fast.kernels.sampler_step import reference
+
+needs_extension = pytest.mark.skipif(extension.missing() is not None, reason="the C++ extension is not built")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PAIRS = [(a, b) for a in DTYPES for b in DTYPES]
+LAYOUTS = {False: torch.contiguous_format, True: torch.channels_last}
+SEEDS = torch.tensor([0, 1, -1, 12345, -(2**63), 2**63 - 1, 1 << 32, -(7 << 40) - 3])
+STEPS = (0, 1, -1, 2**31, 2**32 - 1)
 
 # Random123's known answers: counter, key, words
 KNOWN_ANSWERS = [
@@ -51,3 +68,394 @@ def test_reference_normals_are_within_four_units():
     assert units_off(reference.normals(words), reference.normals(words, torch.float64)) <= 4
     for function in (reference.radius, lambda w, *d: torch.stack(reference.cos_sin(w, *d))):
         assert units_off(function(words), function(words, torch.float64)) <= 3
+
+
+@contextmanager
+def by(implementation: str):
+    """Inside, every call of the sampler step takes that implementation, and there is at least one."""
+    before = dispatch.taken.copy()
+    yield
+    now = {name for (op, name), n in dispatch.taken.items() if op == "sampler_step" and n > before[op, name]}
+    assert now == {implementation}
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b)
+
+
+@needs_extension
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("shape", [(3, 32, 32), (3, 5, 7), (4, 40, 33), (1, 1, 1), (5, 1, 1), (1, 9, 2)], ids=str)
+def test_cpp_noise_has_the_reference_bits(shape, last):
+    for step in STEPS:
+        with by("cpp"):
+            got = functional.philox_normal(SEEDS, step, shape, scale=80.0, memory_format=LAYOUTS[last])
+        assert same(got, reference.philox_normal(SEEDS, step, shape, 80.0, torch.float32, last))
+    assert torch.equal(
+        functional.philox_normal(SEEDS, 2**32 + 5, shape), functional.philox_normal(SEEDS, 5, shape)
+    ), "steps count modulo 2³²"
+
+
+@needs_extension
+def test_cpp_normals_of_a_million_words_have_the_reference_bits():
+    got = functional.philox_normal(SEEDS[3:4], 7, (1, 1024, 1024))
+    assert torch.equal(got, reference.philox_normal(SEEDS[3:4], 7, (1, 1024, 1024), 1.0, torch.float32, False))
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_noise_in_half_precision(dtype):
+    want = reference.philox_normal(SEEDS, 3, (3, 9, 8), 1.0, torch.float64, False)
+    got = functional.philox_normal(SEEDS, 3, (3, 9, 8), dtype=dtype)
+    assert got.dtype == dtype
+    assert_close(got, want, want.to(dtype))
+    assert same(got, reference.philox_normal(SEEDS, 3, (3, 9, 8), 1.0, dtype, False))
+
+
+@needs_extension
+def test_an_image_depends_on_its_seed_alone():
+    seeds = torch.arange(-20, 20)
+    whole = functional.philox_normal(seeds, 1, (3, 32, 32))
+    for i in (0, 20, 39):
+        one = functional.philox_normal(seeds[i : i + 1], 1, (3, 32, 32), memory_format=torch.channels_last)
+        assert torch.equal(whole[i], one[0])
+    assert torch.equal(functional.philox_normal(seeds.flip(0), 1, (3, 32, 32)), whole.flip(0))
+    assert torch.equal(functional.philox_normal(seeds.repeat_interleave(2)[::2], 1, (3, 32, 32)), whole), "strides"
+    assert len(torch.unique(whole.flatten(1), dim=0)) == 40
+
+
+@needs_extension
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
+def test_the_number_of_threads_changes_nothing(last):
+    x, f = torch.randn(2, 24, 3, 64, 64).unbind()
+    x, f = (t.contiguous(memory_format=LAYOUTS[last]) for t in (x, f))
+    seeds, c = torch.arange(24), torch.rand(24)
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            step = functional.sampler_step(x, f, c, c, seeds=seeds, step=1, sigma=c)
+            found.append((step, functional.to_uint8(x, f, c, c), functional.precondition(x, f, c[0], c[1])))
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *found))
+
+
+DIGEST = """
+import hashlib, torch
+from sign_fast import functional
+x = ((torch.arange(2 * 3 * 37 * 35) % 2400 - 1200) / 1000).view(2, 3, 37, 35)
+f, c, seeds = x.flip(1).to(torch.bfloat16), torch.tensor([0.3, 0.7]), torch.tensor([-5, 6])
+found = hashlib.sha256()
+for t in (x, x.contiguous(memory_format=torch.channels_last)):
+    for y in (functional.sampler_step(t, f, c, c, seeds=seeds, sigma=c), functional.to_uint8(t, f, c, c)):
+        found.update(y.contiguous().numpy().tobytes())
+print(torch.backends.cpu.get_cpu_capability(), found.hexdigest())
+"""
+
+
+@needs_extension
+def test_every_instruction_set_gives_the_same_bits():
+    found = {}
+    for capability in ("default", "avx2", "avx512"):  # a processor without one takes what it has
+        env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+        done = subprocess.run([sys.executable, "-c", DIGEST], capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr
+        name, digest = done.stdout.split()
+        found[name] = digest
+    assert len(set(found.values())) == 1 and "DEFAULT" in found
+
+
+def views(shape, dtype, kind):
+    """A (B, C, H, W) tensor in one of the layouts that callers have."""
+    batch, channels, height, width = shape
+    if kind == "slice":  # of a network with further outputs
+        return torch.randn((batch, channels + 3, height, width)).to(dtype)[:, :channels]
+    if kind == "transposed":
+        return torch.randn((batch, channels, width, height)).to(dtype).transpose(2, 3)
+    return torch.randn(shape).to(dtype).contiguous(memory_format=LAYOUTS[kind == "channels_last"])
+
+
+KINDS = [("nchw", "nchw"), ("nchw", "channels_last"), ("channels_last", "slice"), ("transposed", "channels_last")]
+
+
+@needs_extension
+@pytest.mark.parametrize("kinds", KINDS, ids=str)
+@pytest.mark.parametrize("dtypes", PAIRS, ids=str)
+def test_steps_against_float64(dtypes, kinds):
+    torch.manual_seed(0)
+    for shape in ((3, 3, 5, 7), (2, 3, 32, 32), (1, 1, 1, 1)):
+        x, f = (views(shape, d, k) for d, k in zip(dtypes, kinds, strict=True))
+        c_skip, c_out, sigma = torch.rand(3, shape[0])
+        noise = {"seeds": SEEDS[: shape[0]], "step": 2, "scale": 0.75, "sigma": sigma}
+        for arguments, options in (
+            ((f, c_skip, c_out), noise),
+            ((f, c_skip[:1], c_out), {}),
+            ((None, None, None), noise),
+            ((None, None, None), {}),
+        ):
+            with by("cpp"):
+                got = functional.sampler_step(x, *arguments, **options)
+            rest = [options.get(name) for name in ("seeds", "step", "scale", "sigma")]
+            plain = reference.sampler_step(x, *arguments, *rest)
+            wide = [t if t is None else t.double() for t in arguments]
+            assert_close(got, reference.sampler_step(x.double(), *wide, *rest), plain)
+            assert got.dtype == x.dtype and torch.equal(got, plain)
+        four = (c_skip.view(-1, 1, 1, 1), c_out.view(-1, 1, 1, 1))
+        with by("cpp"):
+            got = functional.precondition(x, f, *four)
+        assert_close(got, reference.precondition(x.double(), f.double(), *four), reference.precondition(x, f, *four))
+
+
+@needs_extension
+def test_precondition_with_infinities_and_large_values():
+    x = torch.tensor([torch.inf, -torch.inf, torch.nan, 1e30, 0.0, 1.0]).view(1, 1, 2, 3)
+    f = torch.ones_like(x)
+    got = functional.precondition(x, f, torch.tensor(0.5), torch.tensor(2.0))
+    assert torch.equal(got.nan_to_num(7.0, 8.0, 9.0), (0.5 * x + 2 * f).nan_to_num(7.0, 8.0, 9.0))
+
+
+SPECIAL = [torch.nan, torch.inf, -torch.inf, -1.0, 1.0, 127 / 127.5, -128 / 127.5, -1.01, 3e38, 0.0, -0.0, 1 / 255]
+
+
+@needs_extension
+@pytest.mark.parametrize("kinds", KINDS, ids=str)
+@pytest.mark.parametrize("dtypes", PAIRS, ids=str)
+def test_bytes_are_the_references(dtypes, kinds):
+    torch.manual_seed(0)
+    for shape in ((2, 3, 16, 16), (3, 1, 5, 7), (2, 4, 3, 3), (1, 3, 70, 40), (2, 1, 1, 1)):
+        x, f = (views(shape, d, k) for d, k in zip(dtypes, kinds, strict=True))
+        x[0, 0].copy_(torch.tensor(SPECIAL * 250)[: x[0, 0].numel()].view_as(x[0, 0]))
+        c = torch.rand(shape[0]) + 0.5
+        with by("cpp"):
+            found = functional.to_uint8(x), functional.to_uint8(x, f, c, c[:1])
+        assert same(found[0], reference.finish_images(x, None, None, None))
+        assert same(found[1], reference.finish_images(x, f, c, c[:1]))
+
+
+def test_bytes_of_known_values():
+    x = torch.tensor([-2.0, -1.0, 0.0, 126.9 / 127.5, 1.0, torch.nan, torch.inf, -torch.inf]).view(1, 1, 2, 4)
+    for images in (x, x.double()):  # truncated, not rounded
+        assert functional.to_uint8(images).flatten().tolist() == [0, 0, 128, 254, 255, 0, 255, 0]
+
+
+@pytest.fixture(scope="module")
+def sample():
+    """A million normals: 326 neighbouring seeds, images of CIFAR's size, two steps."""
+    seeds = torch.arange(-163, 163)
+    return torch.stack([functional.philox_normal(seeds, step, (3, 32, 32)).flatten(1).double() for step in (0, 1)])
+
+
+def test_moments(sample):
+    n = sample[0].flatten()
+    count = len(n)
+    mean, variance = n.mean(), n.var()
+    z = (n - mean) / variance.sqrt()
+    skewness, kurtosis = z.pow(3).mean(), z.pow(4).mean()
+    for value, want, error in (
+        (mean, 0, 1), (variance, 1, 2**0.5), (skewness, 0, 6**0.5), (kurtosis, 3, 24**0.5),
+    ):  # fmt: skip
+        assert abs(value - want) <= 5 * error / count**0.5
+    # of each element over the seeds, and of each seed over the elements
+    assert sample[0].mean(0).abs().max() <= 6 / sample.shape[1] ** 0.5
+    assert sample[0].mean(1).abs().max() <= 5 / sample.shape[2] ** 0.5
+
+
+def test_distribution_by_kolmogorov_and_smirnov(sample):
+    for n in (sample[0].flatten(), *(sample[0].flatten()[i::4] for i in range(4))):
+        cdf = torch.special.ndtr(n.sort().values)
+        below = torch.arange(len(n)) / len(n)
+        statistic = torch.maximum(cdf - below, below + 1 / len(n) - cdf).max() * len(n) ** 0.5
+        assert statistic <= 1.95  # passed with a probability of 0.999
+        assert n.abs().max() > 4.2, "tails"
+
+
+def test_independence(sample):
+    def assert_uncorrelated(a, b):
+        for f in (lambda t: t, lambda t: t.square() - 1):  # a shared radius shows in the squares alone
+            x, y = f(a).flatten(), f(b).flatten()
+            assert abs((x * y).mean() / (x.square().mean() * y.square().mean()).sqrt()) <= 5 / len(x) ** 0.5
+
+    now, following = sample
+    assert_uncorrelated(now, following)  # steps
+    for lag in (1, 2, 163):  # seeds
+        assert_uncorrelated(now[lag:], now[:-lag])
+    for lag in (1, 2, 3, 4, 5, 8, 16, 32, 33, 512, 1024, 2048):  # elements, rows, channels
+        assert_uncorrelated(now[:, lag:], now[:, :-lag])
+    assert_uncorrelated(now[1:], following[:-1])  # a step is not another seed
+
+
+@needs_extension
+@pytest.mark.parametrize("kind", ["nchw", "channels_last", "slice", "transposed"])
+def test_operators_are_registered_as_torch_wants_them(kind):
+    op = torch.ops.sign_fast
+    seeds, c = SEEDS[:2], torch.rand(2)
+    x, f = views((2, 3, 4, 6), torch.float32, kind), views((2, 3, 4, 6), torch.bfloat16, "slice")
+    torch.library.opcheck(op.philox_normal, (seeds, 3, [3, 4, 6], 2.0, torch.bfloat16, kind == "channels_last"))
+    for arguments in ((x, f, c, c[:1], seeds, 3, c, c[:1]), (x, f, c, c, None, 0, None, None)):
+        torch.library.opcheck(op.sampler_step, arguments)
+    torch.library.opcheck(op.sampler_step, (x, None, None, None, seeds, 3, c, c))
+    for arguments in ((x, f, c, c), (x, None, None, None)):
+        torch.library.opcheck(op.finish_images, arguments)
+
+
+def calls(x, f, c, seeds):
+    """Each public function, with and without its optional arguments."""
+    four = c.view(-1, 1, 1, 1)
+    layout = LAYOUTS[x.is_contiguous(memory_format=torch.channels_last)]
+    return (
+        functional.philox_normal(seeds, 1, tuple(x.shape[1:]), dtype=x.dtype, memory_format=layout),
+        functional.sampler_step(x, f, c, c, seeds=seeds, step=2, scale=0.5, sigma=c),
+        functional.sampler_step(x, f, c, c),
+        functional.sampler_step(x, seeds=seeds),
+        functional.to_uint8(x, f, c, c),
+        functional.to_uint8(x),
+        functional.precondition(x, f, four, four),
+    )
+
+
+def odd_inputs():
+    """Tensors whose strides say little: of single images, channels and pixels, of every second image."""
+    yield from (views((2, 3, 4, 6), torch.float32, kind) for kind in ("nchw", "channels_last", "slice", "transposed"))
+    yield from (torch.randn(7, 1, 5, 4)[::3][:1], torch.randn(2, 3, 1, 1), torch.randn(4, 1, 3, 3)[::2])
+    yield torch.randn(2, 12).as_strided((2, 1, 3, 4), (12, 1, 4, 1))
+    yield torch.randn(0, 3, 4, 4)
+
+
+def test_fake_tensors_agree():
+    for x in odd_inputs():
+        f, c = torch.randn_like(x).to(torch.bfloat16), torch.rand(x.shape[0])
+        arguments = (x, f, c, SEEDS[: x.shape[0]])
+        real = calls(*arguments)
+        with FakeTensorMode() as mode:
+            fake = calls(*map(mode.from_tensor, arguments))
+        for a, b in zip(real, fake, strict=True):
+            assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
+
+
+def test_compiles_without_a_break():
+    torch._dynamo.reset()
+    for x in (views((2, 3, 8, 8), torch.float32, "nchw"), views((2, 3, 8, 8), torch.bfloat16, "channels_last")):
+        f, c = torch.randn(2, 3, 8, 8).to(torch.bfloat16), torch.rand(2)
+        with torch.no_grad():
+            want = calls(x, f, c, SEEDS[:2])
+            got = torch.compile(calls, fullgraph=True, dynamic=False)(x, f, c, SEEDS[:2])
+        for a, b in zip(got, want, strict=True):
+            assert a.shape == b.shape and a.dtype == b.dtype and a.stride() == b.stride()
+            assert torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_compiled_step_is_compiled_for_all_steps():
+    torch._dynamo.reset()
+    compiled = torch.compile(functional.sampler_step, fullgraph=True, backend="aot_eager")  # raises at 8 compilations
+    x = torch.randn(2, 3, 4, 4)
+    with torch.no_grad():
+        for step in range(12):
+            options = {"seeds": SEEDS[:2], "step": step, "sigma": torch.rand(2)}
+            assert torch.equal(compiled(x, **options), functional.sampler_step(x, **options))
+
+
+def test_the_reference_can_be_compiled():
+    """Its integers do not overflow: what C++ leaves undefined a compiler may use."""
+    torch._dynamo.reset()
+    words = torch.compile(reference.words, fullgraph=True)(SEEDS, 3, 256)
+    assert torch.equal(words, reference.words(SEEDS, 3, 256))
+
+
+def test_gradients():
+    torch.manual_seed(0)
+    x, f = torch.randn(2, 2, 3, 2, 2, dtype=torch.float64).requires_grad_().unbind()
+    c_skip, c_out, scale, sigma = torch.rand(4, 2, dtype=torch.float64).requires_grad_().unbind()
+    seeds = SEEDS[:2]
+
+    def step(x, f, c_skip, c_out, scale, sigma):
+        return functional.sampler_step(x, f, c_skip, c_out, seeds=seeds, scale=scale, sigma=sigma)
+
+    assert torch.autograd.gradcheck(step, (x, f, c_skip, c_out, scale, sigma))
+    assert torch.autograd.gradcheck(functional.sampler_step, (x, f, c_skip, c_out))
+    for shape in ((2, 1, 1, 1), (2, 3, 1, 1)):  # one for each image; for each channel, too
+        coefficients = torch.rand(2, *shape, dtype=torch.float64).requires_grad_().unbind()
+        assert torch.autograd.gradcheck(functional.precondition, (x, f, *coefficients))
+
+
+@pytest.mark.parametrize("dtypes", PAIRS, ids=str)
+def test_gradients_in_low_precision(dtypes):
+    torch.manual_seed(0)
+    x, f = (torch.randn(2, 3, 4, 4).to(dtype) for dtype in dtypes)
+    c = torch.rand(2)
+
+    def gradients(x, f, c):
+        leaves = [t.detach().requires_grad_() for t in (x, f)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a gradient is no reason to warn
+            y = functional.sampler_step(*leaves, c, c, seeds=SEEDS[:2], sigma=c)
+        return torch.autograd.grad(y, leaves, torch.linspace(-1, 1, y.numel()).view_as(y).to(y.dtype))
+
+    got, want = gradients(x, f, c), gradients(x.double(), f.double(), c.double())
+    upstream = torch.linspace(-1, 1, x.numel()).view_as(x).to(x.dtype).double() * c.double().view(-1, 1, 1, 1)
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape
+        # the upstream gradient is rounded to x's dtype, as a network's is
+        assert_close(a, upstream, upstream.to(a.dtype))
+
+
+def test_bytes_take_no_gradient():
+    assert not functional.to_uint8(torch.ones(1, 3, 2, 2, requires_grad=True)).requires_grad
+
+
+X, ONE, OTHER = torch.ones(2, 3, 4, 4), torch.ones(2), torch.ones(2, 3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: functional.philox_normal(SEEDS.int(), 0, (3, 4, 4)), r"seeds must be \(B,\) int64"),
+        (lambda: functional.philox_normal(SEEDS[None], 0, (3, 4, 4)), r"seeds must be \(B,\) int64"),
+        (lambda: functional.philox_normal(SEEDS, 0, (3, 4)), r"shape must be \(C, H, W\), not \(3, 4\)"),
+        (lambda: functional.philox_normal(SEEDS, 0, (3, -4, 4)), r"shape must be \(C, H, W\), not \(3, -4, 4\)"),
+        (lambda: functional.philox_normal(SEEDS, 0, (3, 4, 4), dtype=torch.int32), "dtype must be a floating dtype"),
+        (
+            lambda: functional.philox_normal(SEEDS, 0, (3, 4, 4), memory_format=torch.preserve_format),
+            "preserve_format is not supported",
+        ),
+        (lambda: functional.sampler_step(X[0]), r"images must be \(B, C, H, W\), not \(3, 4, 4\)"),
+        (lambda: functional.sampler_step(X.int()), "images must be of a floating dtype, not torch.int32"),
+        (lambda: functional.sampler_step(X, X, ONE), "come together"),
+        (lambda: functional.sampler_step(X, OTHER, ONE, ONE), "must agree"),
+        (lambda: functional.sampler_step(X, X.to("meta"), ONE, ONE), "x is on cpu, F on meta"),
+        (lambda: functional.sampler_step(X, X, ONE, torch.ones(3)), "coefficients must be 1 or 2 values"),
+        (lambda: functional.sampler_step(X, X, ONE, ONE.to("meta")), "coefficients on meta, images on cpu"),
+        (lambda: functional.sampler_step(X, seeds=SEEDS[:3]), "3 seeds for 2 images"),
+        (lambda: functional.sampler_step(X, seeds=SEEDS[:2].to("meta")), "seeds on meta, images on cpu"),
+        (lambda: functional.sampler_step(X, seeds=SEEDS[:2], sigma=torch.ones(3)), "must be 1 or 2 values"),
+        (lambda: functional.to_uint8(X[0]), r"images must be \(B, C, H, W\)"),
+        (lambda: functional.to_uint8(X.byte()), "images must be of a floating dtype, not torch.uint8"),
+        (lambda: functional.to_uint8(X, c_out=ONE), "come together"),
+        (lambda: functional.to_uint8(X, OTHER, ONE, ONE), "must agree"),
+        (lambda: functional.precondition(X, OTHER, ONE[0], ONE[0]), "must agree"),
+        (lambda: functional.precondition(X, X, torch.ones(3, 1, 1, 1), ONE[0]), r"\(3, 1, 1, 1\) does not broadcast"),
+        (lambda: functional.precondition(X, X, ONE[0], torch.ones(1, 2, 1, 1, 1)), "does not broadcast"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+CALL = """
+import torch
+from sign_fast import functional
+for _ in range(3):
+    functional.sampler_step(torch.ones(1, 3, 2, 2), seeds=torch.ones(1, dtype=torch.int64))
+print(torch.ops.sign_fast.philox_normal(torch.tensor([-1]), 2, [3, 4, 4], 1.0, torch.float32, True).double().sum().item())
+"""
+
+
+def test_without_the_extension_it_warns_once_and_the_operators_work():
+    env = {**os.environ, "SIGN_FAST_DISABLE_EXT": "1"}
+    done = subprocess.run([sys.executable, "-W", "always", "-c", CALL], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("SlowPathWarning") == 1 and "sampler_step" in done.stderr
+    want = reference.philox_normal(torch.tensor([-1]), 2, (3, 4, 4), 1.0, torch.float32, True).double().sum()
+    assert float(done.stdout) == float(want)
