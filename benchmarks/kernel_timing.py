@@ -35,9 +35,9 @@ def prepare(inputs: Inputs, forward: Callable[[Inputs], Outputs], direction: Dir
 
 
 def difference(case: Case, inputs: Inputs, direction: Direction) -> float:
-    """‖ours − eager‖ / ‖eager‖, the largest over all outputs or all gradients."""
+    """‖ours − expected‖ / ‖expected‖, the largest over all outputs or all gradients."""
     found: list[list[Tensor]] = []
-    for forward in (case.ours, case.eager):
+    for forward in (case.ours, case.expected):
         result = prepare(inputs, forward, direction)()
         found.append([t.detach().double() for t in result])
     return max(float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in zip(*found, strict=True))

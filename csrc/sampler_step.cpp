@@ -73,7 +73,7 @@ struct Input {
         out(c_out, from.size(0), "c_out") {
     if (!network_output.has_value()) return;
     TORCH_CHECK(network_output->sizes() == x.sizes() && network_output->is_cpu(), "network_output does not fit x");
-    TORCH_CHECK(skip.data && out.data, "c_skip and c_out come with network_output");
+    TORCH_CHECK(c_skip.has_value() && c_out.has_value(), "c_skip and c_out come with network_output");
     f = network_output->contiguous(x.suggest_memory_format());
   }
 
@@ -121,14 +121,14 @@ Tensor sampler_step(const Tensor& x, const OptionalTensor& network_output, const
   const Row a(scale, args.batch, "scale"), s(sigma, args.batch, "sigma");
   Tensor held;
   if (seeds.has_value()) {
-    TORCH_CHECK(a.data && s.data, "scale and sigma come with seeds");
+    TORCH_CHECK(scale.has_value() && sigma.has_value(), "scale and sigma come with seeds");
     held = checked_seeds(*seeds, args.batch);
     args.seeds = held.const_data_ptr<int64_t>();
     args.step = step;
     args.scale = a.data, args.scale_row = a.stride;
     args.sigma = s.data, args.sigma_row = s.stride;
   }
-  Tensor y = at::empty_like(input.x);
+  Tensor y = at::empty(x.sizes(), x.options(), x.suggest_memory_format());
   args.y = y.data_ptr();
   args.y_dtype = args.x_dtype;
   launch(args);

@@ -130,6 +130,7 @@ def key(launch: Launch) -> str:
         [place for (place,) in attributes],
         launch.num_warps,
         launch.num_stages,
+        launch.enable_fp_fusion,
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
 
@@ -163,7 +164,11 @@ def compile(launch: Launch, architecture: int) -> Compiled:
 
     signature, constants, attributes = specialise(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = {
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        "enable_fp_fusion": launch.enable_fp_fusion,
+    }
     with _without_line_information():
         done = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     return Compiled(

@@ -22,7 +22,7 @@ class Launch:
         grid: up to three numbers of programs.
         arguments: run-time arguments by name: tensors, integers, floats, or None for an absent pointer.
         constants: its tl.constexpr arguments by name.
-        num_warps, num_stages: Triton's launch options.
+        num_warps, num_stages, enable_fp_fusion: Triton's launch options; the last one allows fused multiply-adds.
     """
 
     kernel: Any
@@ -31,9 +31,16 @@ class Launch:
     constants: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 1
+    enable_fp_fusion: bool = True
 
     def run(self) -> None:
-        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+        self.kernel[self.grid](
+            **self.arguments,
+            **self.constants,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+            enable_fp_fusion=self.enable_fp_fusion,
+        )
 
 
 def run(launches: Iterable[Launch], device: torch.device) -> None:

@@ -317,19 +317,30 @@ def distill_loss_gradients(
     )
 
 
+def _check_network_output(x: Tensor, f: Tensor) -> None:
+    _check(f.shape == x.shape, f"x {tuple(x.shape)} and F {tuple(f.shape)} must agree")
+    _check(f.device == x.device, f"x is on {x.device}, F on {f.device}")
+
+
 def _check_images(x: Tensor, network_output: Tensor | None, c_skip: Tensor | None, c_out: Tensor | None) -> None:
     _check(x.ndim == 4, f"images must be (B, C, H, W), not {tuple(x.shape)}")
+    _check(x.is_floating_point(), f"images must be of a floating dtype, not {x.dtype}")
     given = [t is not None for t in (network_output, c_skip, c_out)]
     _check(all(given) or not any(given), "network_output, c_skip and c_out come together")
     if network_output is not None:
-        _check(network_output.shape == x.shape, f"x {tuple(x.shape)} and F {tuple(network_output.shape)} must agree")
-    for t in (c_skip, c_out):
-        _check(t is None or t.numel() in (1, x.shape[0]), f"coefficients must be 1 or {x.shape[0]} values")
+        _check_network_output(x, network_output)
+    _check_coefficients(x, c_skip, c_out)
 
 
-def _check_seeds(seeds: Tensor, batch: int | None = None) -> None:
+def _check_coefficients(x: Tensor, *coefficients: Tensor | float | None) -> None:
+    for t in coefficients:
+        if isinstance(t, Tensor):
+            _check(t.numel() in (1, x.shape[0]), f"coefficients must be 1 or {x.shape[0]} values")
+            _check(t.device == x.device, f"coefficients on {t.device}, images on {x.device}")
+
+
+def _check_seeds(seeds: Tensor) -> None:
     _check(seeds.dtype == torch.int64 and seeds.ndim == 1, "seeds must be (B,) int64")
-    _check(batch is None or seeds.shape[0] == batch, f"{seeds.shape[0]} seeds for {batch} images")
 
 
 def philox_normal(
@@ -361,10 +372,11 @@ def philox_normal(
         (B, C, H, W) in dtype and memory_format.
 
     Raises:
-        ValueError: seeds, shape or memory_format are not as above.
+        ValueError: seeds, shape, dtype or memory_format are not as above.
     """
     _check_seeds(seeds)
-    _check(len(shape) == 3, f"shape must be (C, H, W), not {tuple(shape)}")
+    _check(len(shape) == 3 and min(shape) >= 0, f"shape must be (C, H, W), not {tuple(shape)}")
+    _check(dtype.is_floating_point, f"dtype must be a floating dtype, not {dtype}")
     _check(memory_format in (torch.contiguous_format, torch.channels_last), f"{memory_format} is not supported")
     seeds = seeds if device is None else seeds.to(device)
     return _sampler_step.philox_normal(seeds, step, tuple(shape), scale, dtype, memory_format == torch.channels_last)
@@ -395,13 +407,14 @@ def sampler_step(
         (B, C, H, W) in x's dtype and memory format, computed in float32. Differentiable in plain torch.
 
     Raises:
-        ValueError: a shape does not fit, or some of network_output, c_skip and c_out are missing.
+        ValueError: a shape, dtype or device does not fit, or some of network_output, c_skip and c_out are missing.
     """
     _check_images(x, network_output, c_skip, c_out)
     if seeds is not None:
-        _check_seeds(seeds, x.shape[0])
-        for t in (scale, sigma):
-            _check(not isinstance(t, Tensor) or t.numel() in (1, x.shape[0]), f"{x.shape[0]} values or one are needed")
+        _check_seeds(seeds)
+        _check(seeds.shape[0] == x.shape[0], f"{seeds.shape[0]} seeds for {x.shape[0]} images")
+        _check(seeds.device == x.device, f"seeds on {seeds.device}, images on {x.device}")
+        _check_coefficients(x, scale, sigma)
     return _sampler_step.sampler_step(x, network_output, c_skip, c_out, seeds, step, scale, sigma)
 
 
@@ -421,7 +434,7 @@ def to_uint8(
         (B, H, W, C) uint8, contiguous; NaN becomes 0.
 
     Raises:
-        ValueError: images is not four-dimensional, or the rest does not fit it.
+        ValueError: images is not four-dimensional or not floating, or the rest does not fit it.
     """
     _check_images(images, network_output, c_skip, c_out)
     return _sampler_step.finish_images(images, network_output, c_skip, c_out)
@@ -436,7 +449,14 @@ def precondition(x: Tensor, network_output: Tensor, c_skip: Tensor, c_out: Tenso
 
     Returns:
         (B, C, H, W) in x's dtype.
+
+    Raises:
+        ValueError: F's shape or device is not x's, or a coefficient does not broadcast to it.
     """
+    _check_network_output(x, network_output)
+    for t in (c_skip, c_out):
+        fits = t.ndim <= x.ndim and all(a in (1, b) for a, b in zip(t.shape[::-1], x.shape[::-1], strict=False))
+        _check(fits, f"a coefficient of shape {tuple(t.shape)} does not broadcast to x {tuple(x.shape)}")
     return _sampler_step.precondition(x, network_output, c_skip, c_out)
 
 

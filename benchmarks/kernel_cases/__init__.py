@@ -60,6 +60,10 @@ class Case(ABC):
     def eager(self, inputs: Inputs) -> Outputs:
         """The operation as a network written in ordinary torch has it."""
 
+    def expected(self, inputs: Inputs) -> Outputs:
+        """What `ours` must agree with: eager's own result, but where that draws random numbers of its own."""
+        return self.eager(inputs)
+
     @abstractmethod
     def bytes(self, direction: Direction) -> int:
         """The fewest bytes to move: each activation read once and written once; backward alone."""
@@ -86,7 +90,7 @@ class Case(ABC):
         return self.torch_dtype.itemsize
 
 
-OPERATIONS = ("group_norm_silu", "attention", "distill_loss")
+OPERATIONS = ("group_norm_silu", "attention", "distill_loss", "sampler_step")
 
 
 def cases(

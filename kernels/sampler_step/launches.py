@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +14,8 @@ from ..dispatch import Reason
 from ..launch import Launch
 from .config import Call, plan
 
-
-@dataclass(frozen=True)
-class Unfused(Launch):
-    """A launch without fused multiply-adds: the bits are those of plain torch, whatever the layout."""
-
-    def run(self) -> None:
-        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.num_warps, enable_fp_fusion=False)
+# no fused multiply-adds: the bits are those of plain torch, whatever the layout
+Unfused = partial(Launch, enable_fp_fusion=False)
 
 
 def shape_reason(elements: int) -> Reason | None:

@@ -32,22 +32,27 @@ _COMPILING = Reason("a compiler fuses the plain form with its neighbours on the 
 _COEFFICIENTS = Reason("the coefficients are not one for each image")
 
 
-def supports(device: Tensor, elements: int, *dtypes: torch.dtype) -> Reason | None:
-    """None when a fast version takes images of so many elements on that tensor's device, otherwise why not."""
+def supports(device: Tensor, elements: int, *dtypes: torch.dtype, noise: bool = False) -> Reason | None:
+    """None when a fast version takes images of so many elements on that tensor's device, otherwise why not.
+
+    A compiler gains nothing where there is noise to draw: it calls the operator, whatever implements that.
+    """
     if not _DTYPES.issuperset(dtypes):
         return _DTYPE
     if device.is_cpu and not interpreting():
-        return _COMPILING if torch.compiler.is_compiling() else extension.missing()
+        if torch.compiler.is_compiling():
+            return None if noise else _COMPILING
+        return extension.missing()
     return supports_triton(device) or shape_reason(elements)
 
 
-def _supports(x: Tensor, *others: Tensor | float | None) -> Reason | None:
+def _supports(x: Tensor, *others: Tensor | float | None, noise: bool = False) -> Reason | None:
     tensors = [t for t in others if isinstance(t, Tensor)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors)):
         return _GRADIENTS
     network_output = others[0]
     dtypes = (x.dtype, network_output.dtype) if isinstance(network_output, Tensor) else (x.dtype,)
-    return supports(x, math.prod(x.shape[1:]), *dtypes)
+    return supports(x, math.prod(x.shape[1:]), *dtypes, noise=noise)
 
 
 def _fast(reason: Reason | None, device: Tensor) -> bool:
@@ -75,7 +80,7 @@ def _vector(t: Tensor | float | None, x: Tensor) -> OptionalTensor:
 def philox_normal(
     seeds: Tensor, step: int, shape: tuple[int, ...], scale: float, dtype: torch.dtype, channels_last: bool
 ) -> Tensor:
-    if _fast(supports(seeds, math.prod(shape), dtype), seeds):
+    if _fast(supports(seeds, math.prod(shape), dtype, noise=True), seeds):
         return call("philox_normal", seeds, step, list(shape), scale, dtype, channels_last)
     return reference.philox_normal(seeds, step, shape, scale, dtype, channels_last)
 
@@ -90,7 +95,8 @@ def sampler_step(
     scale: Tensor | float | None,
     sigma: Tensor | float | None,
 ) -> Tensor:
-    if not _fast(_supports(x, network_output, c_skip, c_out, scale, sigma), x):
+    reason = _supports(x, network_output, c_skip, c_out, scale, sigma, noise=seeds is not None)
+    if not _fast(reason, x):
         y = reference.sampler_step(x, network_output, c_skip, c_out, seeds, step, scale, sigma)
         return y.contiguous(memory_format=suggest_memory_format(x))
     scale, sigma = (None, None) if seeds is None else (_vector(scale, x), _vector(sigma, x))
@@ -107,7 +113,7 @@ def finish_images(x: Tensor, network_output: OptionalTensor, c_skip: OptionalTen
 
 
 def _per_image(t: Tensor, x: Tensor) -> bool:
-    return t.numel() == 1 or tuple(t.shape) == (x.shape[0], 1, 1, 1)
+    return t.device == x.device and (t.numel() == 1 or tuple(t.shape) == (x.shape[0], 1, 1, 1))
 
 
 def precondition(x: Tensor, network_output: Tensor, c_skip: Tensor, c_out: Tensor) -> Tensor:

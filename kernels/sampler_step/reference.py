@@ -40,13 +40,20 @@ NEAR_ONE = 0x4AFB0CCC  # (1 − √½)·2³²
 ROOT_HALF_BITS = 0x3F3504F3  # of float32(√½)
 
 
+def _multiply(c: Tensor, by: int) -> tuple[Tensor, Tensor]:
+    """High and low word of a product. By halves: a compiler may take it that int64 products do not overflow."""
+    high, low = (c >> 16) * by, (c & 0xFFFF) * by
+    return (high + (low >> 16)) >> 16, (((high & 0xFFFF) << 16) + low) & MASK
+
+
 def philox(counter: Word, key: tuple[Tensor, Tensor]) -> Word:
     """Philox 4x32-10 on int64 tensors that hold 32-bit words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        p0, p1 = MULTIPLIERS[0] * c0, MULTIPLIERS[1] * c2  # 64 bits, the sign bit is one of them
-        c0, c1, c2, c3 = ((p1 >> 32) & MASK) ^ c1 ^ k0, p1 & MASK, ((p0 >> 32) & MASK) ^ c3 ^ k1, p0 & MASK
+        high0, low0 = _multiply(c0, MULTIPLIERS[0])
+        high2, low2 = _multiply(c2, MULTIPLIERS[1])
+        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + KEY_STEPS[0]) & MASK, (k1 + KEY_STEPS[1]) & MASK
     return c0, c1, c2, c3
 
@@ -159,7 +166,9 @@ def sampler_step(
 
 def finish_images(x: Tensor, network_output: Tensor | None, c_skip: Tensor | None, c_out: Tensor | None) -> Tensor:
     d = _denoised(x, network_output, c_skip, c_out) * 127.5 + 128
-    return d.nan_to_num(0.0).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    d = d.nan_to_num(0.0).clip(0, 255).permute(0, 2, 3, 1)
+    # not contiguous(), which leaves a single channel's or image's strides as they are
+    return d.to(torch.uint8, memory_format=torch.contiguous_format)
 
 
 def precondition(x: Tensor, network_output: Tensor, c_skip: Tensor, c_out: Tensor) -> Tensor:

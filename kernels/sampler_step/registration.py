@@ -16,10 +16,11 @@ OptionalTensor: TypeAlias = Tensor | None
 
 _library = torch.library.Library("sign_fast", "FRAGMENT")
 _library.define(
-    "philox_normal(Tensor seeds, int step, SymInt[] shape, float scale, ScalarType dtype, bool channels_last) -> Tensor"
+    "philox_normal(Tensor seeds, SymInt step, SymInt[] shape, float scale, ScalarType dtype, bool channels_last) "
+    "-> Tensor"
 )
 _library.define(
-    "sampler_step(Tensor x, Tensor? network_output, Tensor? c_skip, Tensor? c_out, Tensor? seeds, int step, "
+    "sampler_step(Tensor x, Tensor? network_output, Tensor? c_skip, Tensor? c_out, Tensor? seeds, SymInt step, "
     "Tensor? scale, Tensor? sigma) -> Tensor"
 )
 _library.define("finish_images(Tensor x, Tensor? network_output, Tensor? c_skip, Tensor? c_out) -> Tensor")

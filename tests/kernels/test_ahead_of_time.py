@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from triton.runtime.jit import create_function_from_signature
 
 from sign_fast.kernels import ahead_of_time
 from sign_fast.kernels.ahead_of_time import ARCHITECTURES, specialise
+from sign_fast.kernels.device import KNOWN
 from sign_fast.kernels.launch import Launch
 from sign_fast.kernels.resources import occupancy, resources, wide_share
+from sign_fast.kernels.sampler_step.launches import launches_noise
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -163,3 +166,14 @@ def test_without_cuobjdump_the_error_names_the_remedy(monkeypatch):
     monkeypatch.setattr(type(triton.knobs.nvidia).__dict__["cuobjdump"], "default_path", "/nowhere/cuobjdump")
     with pytest.raises(FileNotFoundError, match="TRITON_CUOBJDUMP_PATH"):
         resources(compiled)
+
+
+def test_multiplications_and_additions_stay_apart_where_a_launch_says_so():
+    """The sampler step's bits are those of plain torch: what is compiled ahead of time is what will run."""
+    seeds, y = torch.empty(4, dtype=torch.int64, device="meta"), meta(4, 3, 32, 32, dtype=torch.float32)
+    (apart,) = launches_noise(seeds, 0, y, 1.0, KNOWN[90])
+    fused = Launch(apart.kernel, apart.grid, apart.arguments, apart.constants, apart.num_warps)
+    assert ahead_of_time.key(apart) != ahead_of_time.key(fused)
+    found = [ahead_of_time.compile(launch, 90) for launch in (apart, fused)]
+    assert [done.metadata["enable_fp_fusion"] for done in found] == [False, True]
+    assert [bool(re.search(r"fma\.rn\.f32", done.ptx)) for done in found] == [False, True]
