@@ -35,6 +35,18 @@ def test_outcomes_and_logs(tmp_path):
     assert "== good: ok" in log and "value 7" in log and "== bad: failed" in log and "to the log" in log
 
 
+def test_a_file_that_only_the_interpreter_runs_has_not_failed(tmp_path):
+    deadline = time.monotonic() + 60
+    for text, outcome in (
+        ("import pytest\npytest.skip('not here', allow_module_level=True)", "ok: all skipped"),
+        ("", "failed (exit status 5)"),
+    ):
+        file = tmp_path / "test_it.py"
+        file.write_text(text)
+        command = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file))
+        assert run(Step("tests", command, 60, "all.log"), tmp_path, deadline)["outcome"] == outcome
+
+
 def test_a_step_that_hangs_is_ended_with_what_it_started(tmp_path):
     child = f"import subprocess, sys; p = subprocess.Popen([{sys.executable!r}, '-c', 'import time; time.sleep(600)'])"
     step = python("hangs", f"{child}; print(p.pid, flush=True); p.wait()", limit=3)
