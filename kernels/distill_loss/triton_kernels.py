@@ -77,8 +77,8 @@ def sums(
     student = tl.zeros([BLOCK], tl.float32)
     error = tl.zeros([BLOCK], tl.float32)
     bad = tl.zeros([BLOCK], tl.float32)
-    for start in range(first, last, BLOCK):
-        at = start + tl.arange(0, BLOCK)
+    for start in range(0, span, BLOCK):
+        at = first + start + tl.arange(0, BLOCK)
         x, real, fake = _read(images, y_real, y_fake, base + at, at < last, STUDENT)
         a, s, e, nan = _terms(x, real, fake, alpha, STUDENT)
         absolute += a
