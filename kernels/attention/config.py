@@ -53,8 +53,8 @@ _HALF: dict[Kernel, dict[int, list[tuple[int, int, int, int]]]] = {
     },
 }
 _FLOAT: dict[Kernel, dict[int, list[tuple[int, int, int, int]]]] = {
-    "forward": {64: [(64, 32, 8, 1)], 256: [(32, 32, 8, 1)]},
-    "backward_query": {128: [(64, 32, 8, 1)], 256: [(32, 16, 8, 1)]},
+    "forward": {256: [(32, 32, 8, 1)]},
+    "backward_query": {128: [(64, 32, 8, 1), (32, 32, 8, 1)], 256: [(32, 16, 8, 1)]},
     "backward_key": {64: [(32, 64, 8, 1)], 128: [(32, 32, 8, 1)], 256: [(16, 16, 8, 1)]},
 }
 
@@ -75,16 +75,22 @@ def _shared_bytes(kernel: Kernel, queries: int, keys: int, row: int, stages: int
     return (2 * keys + 2 * queries * stages) * row + 1024
 
 
-def plan(kernel: Kernel, tokens: int, channels: int, itemsize: int, heads: int, device: Device) -> Plan:
-    """The launch configuration of `kernel` for `heads` heads (over the whole batch) of (tokens, channels)."""
+def plan(
+    kernel: Kernel, tokens: int, channels: int, itemsize: int, heads: int, device: Device, strided: bool = False
+) -> Plan:
+    """The launch configuration of `kernel` for `heads` heads (over the whole batch) of (tokens, channels).
+
+    strided: whether neighbouring channels of q, k and v lie apart, as in an interleaved projection.
+    """
     tuned = TUNED.get(device.name, {}).get((kernel, tokens, channels, itemsize))
     if tuned is not None:
         return tuned
     block = power_of_two(channels)
     rows = (_HALF if itemsize == 2 else _FLOAT)[kernel]
     choices = rows[min(width for width in rows if width >= block)]
-    if kernel == "backward_key" and channels != block and itemsize == 2 and len(choices) > 1:
-        choices = choices[1:]  # masked channels cost registers
+    masked = kernel == "backward_key" and itemsize == 2 and (channels != block or strided)
+    if (masked or (kernel == "backward_query" and itemsize == 4 and strided)) and len(choices) > 1:
+        choices = choices[1:]  # masked channels and gathered ones cost registers
     longest = power_of_two(tokens)
 
     def programs(queries: int) -> int:

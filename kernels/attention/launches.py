@@ -21,7 +21,11 @@ def _named(**tensors: Tensor) -> dict[str, int]:
     return {f"{name}_{axis}": step for name, t in tensors.items() for axis, step in zip(axes, t.stride(), strict=True)}
 
 
-def _constants(q: Tensor, chosen: Plan) -> dict[str, Any]:
+def _strided(*tensors: Tensor) -> bool:
+    return any(t.stride(3) != 1 for t in tensors)
+
+
+def _constants(q: Tensor, k: Tensor, v: Tensor, chosen: Plan) -> dict[str, Any]:
     tokens, channels = q.shape[2:]
     return {
         "D": channels,
@@ -32,6 +36,7 @@ def _constants(q: Tensor, chosen: Plan) -> dict[str, Any]:
         # float32 products in float32: tf32 is not what a float32 network was asked for
         "PRECISION": "widened" if interpreting() else "ieee",
         "STAGES": chosen.num_stages,
+        "INTERLEAVED": q.stride(3) == k.stride(3) == v.stride(3) == 3,
     }
 
 
@@ -42,7 +47,7 @@ def launches_forward(
     from . import triton_kernels as kernels
 
     batch, heads, tokens, channels = q.shape
-    chosen = plan("forward", tokens, channels, q.element_size(), batch * heads, device)
+    chosen = plan("forward", tokens, channels, q.element_size(), batch * heads, device, _strided(q, k, v))
     arguments = {
         "q": q,
         "k": k,
@@ -55,7 +60,7 @@ def launches_forward(
         **_named(q=q, k=k, v=v, out=out),
     }
     grid = (-(-tokens // chosen.block_queries), batch * heads)
-    return [Launch(kernels.forward, grid, arguments, _constants(q, chosen), chosen.num_warps)]
+    return [Launch(kernels.forward, grid, arguments, _constants(q, k, v, chosen), chosen.num_warps)]
 
 
 def launches_backward(
@@ -89,23 +94,28 @@ def launches_backward(
         **_named(q=q, k=k, v=v, dout=dout),
     }
     launches = []
-    chosen = plan("backward_query", tokens, channels, q.element_size(), batch * heads, device)
+    chosen = plan("backward_query", tokens, channels, q.element_size(), batch * heads, device, _strided(q, k, v))
     launches.append(
         Launch(
             kernels.backward_query,
             (-(-tokens // chosen.block_queries), batch * heads),
             {**shared, "out": out, "dq": dq, **_named(out=out, dq=dq)},
-            {**_constants(q, chosen), "KEYS_FIRST": q.element_size() == 4},
+            {
+                **_constants(q, k, v, chosen),
+                "KEYS_FIRST": q.element_size() == 4,
+                "TO_INTERLEAVED": dq.stride(3) == 3,
+                "HALVES": q.element_size() == 2 and channels > 128 and _strided(v),
+            },
             chosen.num_warps,
         )
     )
-    chosen = plan("backward_key", tokens, channels, q.element_size(), batch * heads, device)
+    chosen = plan("backward_key", tokens, channels, q.element_size(), batch * heads, device, _strided(q, k, v))
     launches.append(
         Launch(
             kernels.backward_key,
             (-(-tokens // chosen.block_keys), batch * heads),
             {**shared, "dk": dk, "dv": dv, **_named(dk=dk, dv=dv)},
-            _constants(q, chosen),
+            {**_constants(q, k, v, chosen), "TO_INTERLEAVED": dk.stride(3) == dv.stride(3) == 3},
             chosen.num_warps,
         )
     )

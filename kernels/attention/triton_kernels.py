@@ -50,10 +50,14 @@ def forward(
     q_batch, q_head, q_token, q_channel, k_batch, k_head, k_token, k_channel,
     v_batch, v_head, v_token, v_channel, out_batch, out_head, out_token, out_channel,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(q kᵀ/√d) v; log2_scale is log2(e)/√d: exponentials are powers of two, logsumexp of base 2."""
     b, h = _head(heads)
+    if INTERLEAVED:  # known to the compiler, an address for each channel takes no register
+        q_channel = 3
+        k_channel = 3
+        v_channel = 3
     q += b * q_batch + h * q_head
     k += b * k_batch + h * k_head
     v += b * v_batch + h * v_head
@@ -90,9 +94,16 @@ def backward_query(
     dout_batch, dout_head, dout_token, dout_channel, dq_batch, dq_head, dq_token, dq_channel,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, KEYS_FIRST: tl.constexpr,
+    INTERLEAVED: tl.constexpr, TO_INTERLEAVED: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """dq = Σ ds·k/√d with ds = p·(dout vᵀ − delta); writes delta = Σ dout·out of its rows for `backward_key`."""
     b, h = _head(heads)
+    if INTERLEAVED:  # known to the compiler, an address for each channel takes no register
+        q_channel = 3
+        k_channel = 3
+        v_channel = 3
+    if TO_INTERLEAVED:
+        dq_channel = 3
     q += b * q_batch + h * q_head
     k += b * k_batch + h * k_head
     v += b * v_batch + h * v_head
@@ -107,26 +118,39 @@ def backward_query(
     )
     mean = tl.sum(upstream.to(tl.float32) * result.to(tl.float32), 1)
     tl.store(delta + row, mean, query < tokens)
+    if HALVES:  # gathered values take a register an element: half of them at a time
+        low = tl.arange(0, BLOCK_D // 2)
+        at = dout + b * dout_batch + h * dout_head
+        low_upstream = _tile(at, query, low, dout_token, dout_channel, tokens, D, EVEN, D == BLOCK_D)
+        high_upstream = _tile(at, query, low + BLOCK_D // 2, dout_token, dout_channel, tokens, D, EVEN, D == BLOCK_D)
     queries = _tile(q, query, channel, q_token, q_channel, tokens, D, EVEN, D == BLOCK_D)
     lse2 = tl.load(logsumexp + row, query < tokens, other=0.0)
     gradient = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for start in tl.range(0, tokens, BLOCK_K, num_stages=STAGES):
         key = start + tl.arange(0, BLOCK_K)
         keys = _tile(k, key, channel, k_token, k_channel, tokens, D, EVEN, D == BLOCK_D)
-        values = _tile(v, key, channel, v_token, v_channel, tokens, D, EVEN, D == BLOCK_D)
         if (
             KEYS_FIRST
         ):  # the same transposed: without matrix units the other order keeps queries in registers and spills
             weights = tl.exp2(_dot(keys, tl.trans(queries), None, PRECISION) * log2_scale - lse2[None, :])
             if not EVEN:
                 weights = tl.where((key < tokens)[:, None], weights, 0.0)
+            values = _tile(v, key, channel, v_token, v_channel, tokens, D, EVEN, D == BLOCK_D)
             slope = weights * (_dot(values, tl.trans(upstream), None, PRECISION) - mean[None, :])
             slope = tl.trans(slope)
         else:
             weights = tl.exp2(_dot(queries, tl.trans(keys), None, PRECISION) * log2_scale - lse2[:, None])
             if not EVEN:
                 weights = tl.where((key < tokens)[None, :], weights, 0.0)
-            slope = weights * (_dot(upstream, tl.trans(values), None, PRECISION) - mean[:, None])
+            if HALVES:
+                values = _tile(v, key, low, v_token, v_channel, tokens, D, EVEN, D == BLOCK_D)
+                product = _dot(low_upstream, tl.trans(values), None, PRECISION)
+                values = _tile(v, key, low + BLOCK_D // 2, v_token, v_channel, tokens, D, EVEN, D == BLOCK_D)
+                product = _dot(high_upstream, tl.trans(values), product, PRECISION)
+            else:
+                values = _tile(v, key, channel, v_token, v_channel, tokens, D, EVEN, D == BLOCK_D)
+                product = _dot(upstream, tl.trans(values), None, PRECISION)
+            slope = weights * (product - mean[:, None])
         gradient = _dot(slope.to(keys.dtype), keys, gradient, PRECISION)
     _put(dq + b * dq_batch + h * dq_head, gradient * scale, query, channel, dq_token, dq_channel, tokens, D)
 
@@ -138,10 +162,17 @@ def backward_key(
     v_batch, v_head, v_token, v_channel, dout_batch, dout_head, dout_token, dout_channel,
     dk_batch, dk_head, dk_token, dk_channel, dv_batch, dv_head, dv_token, dv_channel,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, INTERLEAVED: tl.constexpr, TO_INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """dk = Σ dsᵀ q/√d and dv = Σ pᵀ dout over the queries."""
     b, h = _head(heads)
+    if INTERLEAVED:  # known to the compiler, an address for each channel takes no register
+        q_channel = 3
+        k_channel = 3
+        v_channel = 3
+    if TO_INTERLEAVED:
+        dk_channel = 3
+        dv_channel = 3
     q += b * q_batch + h * q_head
     dout += b * dout_batch + h * dout_head
     key = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)

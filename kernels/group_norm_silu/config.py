@@ -46,7 +46,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Call:
-    """What the rule looks at; `tensors` counts the activations read, `joins` the residual form."""
+    """What the rule looks at; `joins`: the residual form, `pair`: two tensors read as concatenated."""
 
     batch: int
     channels: int
@@ -56,6 +56,7 @@ class Call:
     channels_last: bool
     backward: bool = False
     joins: bool = False
+    pair: bool = False
 
 
 # {device name: {Call with batch=0: Plan}}: measured exceptions to the rule, by hand or by benchmarks, for any batch
@@ -68,7 +69,13 @@ def power_of_two(n: int) -> int:
 
 def _tile_cap(call: Call) -> int:
     """Elements of a tile that 16 warps (8 in float32 backward) hold without spilling."""
-    return 16384 if call.backward or call.joins else 32768
+    heavy = call.backward or call.joins or (call.pair and call.itemsize == 4)
+    return 16384 if heavy else 32768
+
+
+def _tile_warps(call: Call, elements: int) -> int:
+    """32 elements a thread; in float32 backward at most 8 warps, whose threads may have twice the registers."""
+    return _warps(elements, 32, 8 if call.backward and call.itemsize == 4 else 16)
 
 
 def _warps(elements: int, per_thread: int, most: int) -> int:
@@ -104,12 +111,13 @@ def plan(call: Call, device: Device) -> Plan:
         return call.batch * (call.channels // width)
 
     fitting = [w for w in widths if power_of_two(w) * pixels <= _tile_cap(call)]
+    if device.architecture < 90:  # folds make the largest tiles spill there: only where nothing smaller fits
+        fitting = [w for w in fitting if power_of_two(w) * pixels <= 16384] or fitting
     if fitting:
         # the widest that leaves two programs for every multiprocessor
         good = [w for w in fitting if programs(w) >= enough and (w <= line or not call.channels_last)]
         width = good[-1] if good else fitting[0]
-        per_thread, most = (64, 8) if call.backward and call.itemsize == 4 else (32, 16)
-        warps = _warps(power_of_two(width) * pixels, per_thread, most)
+        warps = _tile_warps(call, power_of_two(width) * pixels)
         return Plan("tile", width, power_of_two(width), pixels, call.pixels, warps)
 
     width = widths[0]
@@ -118,9 +126,9 @@ def plan(call: Call, device: Device) -> Plan:
         width = good[-1] if good else width
     # 16 warps, one program a multiprocessor: fewer bytes at a time to keep in the cache; loads run ahead of their use
     block = power_of_two(width)
-    half = call.backward or call.joins or block >= 256  # more would spill
+    half = call.backward or call.joins or call.pair or block >= 256  # more would spill
     step = min(pixels, max(1, (4096 if half else 8192) // block))
-    warps = _warps(block * step, 8 if half else 16, 16)
+    warps = _warps(block * step, 8 if half else 16, 8 if call.backward and call.itemsize == 4 else 16)
     own = width * call.pixels * call.itemsize * (2 if call.backward or call.joins else 1)
     at_a_time = own * min(programs(width), device.multiprocessors)
     if own <= 96 << 10 or (programs(width) >= device.multiprocessors and at_a_time <= 0.7 * device.l2_bytes):

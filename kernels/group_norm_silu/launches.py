@@ -85,13 +85,14 @@ class _Shape:
         self.channels = self.first_channels + (0 if x2 is None else x2.shape[1])
         self.pixels = x.shape[2] * x.shape[3]
         self.group_channels = self.channels // num_groups
+        self.pair = x2 is not None
+        layout = _channels_last(x)
         call = Call(
-            self.batch, self.channels, self.pixels, num_groups, x.element_size(), _channels_last(x), backward, joins
+            self.batch, self.channels, self.pixels, num_groups, x.element_size(), layout, backward, joins, self.pair
         )
         self.plan: Plan = plan(call, device)
         self.bundles = -(-self.channels // self.plan.bundle)
         self.spans = -(-self.pixels // self.plan.span)
-        self.pair = x2 is not None
 
     def arguments(self) -> dict[str, int]:
         return {
@@ -110,6 +111,8 @@ class _Shape:
             "BUNDLE": self.plan.bundle,
             "BLOCK_C": self.plan.block_channels,
             "BLOCK_P": self.plan.block_pixels,
+            "EVEN_P": self.pixels % self.plan.block_pixels == 0,
+            "EVEN_C": self.plan.bundle == self.plan.block_channels and self.channels % self.plan.bundle == 0,
             "PAIR": self.pair,
         }
         if groups:

@@ -6,7 +6,7 @@ The kernels have the forms of the forward's, see triton_kernels.py.
 import triton
 import triton.language as tl
 
-from .triton_kernels import _added, _affine, _bundle, _group_sum, _load, _vector
+from .triton_kernels import _added, _affine, _bundle, _group_sum, _inside, _load, _vector
 
 
 @triton.jit
@@ -64,13 +64,14 @@ def backward_tile(
     x_batch, x_pixel, x_channel, x2_batch, x2_pixel, x2_channel,
     dx_batch, dx_pixel, dx_channel, dx2_batch, dx2_pixel, dx2_channel, y_batch, y_pixel, y_channel,
     GROUP_CHANNELS: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_P: tl.constexpr, PAIR: tl.constexpr, SILU: tl.constexpr, INPUT_SUM: tl.constexpr,
+    BLOCK_P: tl.constexpr, EVEN_P: tl.constexpr, EVEN_C: tl.constexpr, PAIR: tl.constexpr, SILU: tl.constexpr,
+    INPUT_SUM: tl.constexpr,
 ):  # fmt: skip
     """Two reads, one write. sums (3, B, C), `plane` apart: Σdv, Σdv·xhat and, with INPUT_SUM, Σdx over the pixels."""
-    b, c, mask_c = _bundle(bundles, channels, BUNDLE, BLOCK_C)
+    b, c, mask_c = _bundle(bundles, channels, BUNDLE, BLOCK_C, EVEN_C)
     wide = b.to(tl.int64)
     p = tl.arange(0, BLOCK_P)
-    mask = (p < pixels)[:, None] & mask_c[None, :]
+    mask = _inside(p, pixels, mask_c, BLOCK_P, EVEN_P)
     tile = _load(
         x + wide * x_batch, x2 if x2 is None else x2 + wide * x2_batch, p, c, mask, first_channels,
         x_pixel, x_channel, x2_pixel, x2_channel, PAIR,
@@ -108,10 +109,11 @@ def backward_loop(
     x_batch, x_pixel, x_channel, x2_batch, x2_pixel, x2_channel,
     dx_batch, dx_pixel, dx_channel, dx2_batch, dx2_pixel, dx2_channel, y_batch, y_pixel, y_channel,
     GROUP_CHANNELS: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_P: tl.constexpr, PAIR: tl.constexpr, SILU: tl.constexpr, INPUT_SUM: tl.constexpr,
+    BLOCK_P: tl.constexpr, EVEN_P: tl.constexpr, EVEN_C: tl.constexpr, PAIR: tl.constexpr, SILU: tl.constexpr,
+    INPUT_SUM: tl.constexpr,
 ):  # fmt: skip
     """`backward_tile` in steps of BLOCK_P pixels, the second walk from the L2 cache."""
-    b, c, mask_c = _bundle(bundles, channels, BUNDLE, BLOCK_C)
+    b, c, mask_c = _bundle(bundles, channels, BUNDLE, BLOCK_C, EVEN_C)
     wide = b.to(tl.int64)
     x += wide * x_batch
     x2 = x2 if x2 is None else x2 + wide * x2_batch
@@ -125,7 +127,7 @@ def backward_loop(
     t1 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in tl.range(0, pixels, BLOCK_P, num_stages=3):
         p = start + tl.arange(0, BLOCK_P)
-        mask = (p < pixels)[:, None] & mask_c[None, :]
+        mask = _inside(p, pixels, mask_c, BLOCK_P, EVEN_P)
         tile = _load(x, x2, p, c, mask, first_channels, x_pixel, x_channel, x2_pixel, x2_channel, PAIR)
         at = wide * y_batch + (p[:, None] * y_pixel + c[None, :] * y_channel)
         xhat = ((tile.to(tl.float32) - rough[None, :]) + rest[None, :]) * rstd[None, :]
@@ -144,7 +146,7 @@ def backward_loop(
     t2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in tl.range(0, pixels, BLOCK_P, num_stages=3):
         p = start + tl.arange(0, BLOCK_P)
-        mask = (p < pixels)[:, None] & mask_c[None, :]
+        mask = _inside(p, pixels, mask_c, BLOCK_P, EVEN_P)
         tile = _load(x, x2, p, c, mask, first_channels, x_pixel, x_channel, x2_pixel, x2_channel, PAIR)
         at = wide * y_batch + (p[:, None] * y_pixel + c[None, :] * y_channel)
         xhat = ((tile.to(tl.float32) - rough[None, :]) + rest[None, :]) * rstd[None, :]
@@ -166,10 +168,10 @@ def backward_partial(
     bundles, channels, first_channels, pixels, span, plane, emb_row, scale_row, shift_row,
     x_batch, x_pixel, x_channel, x2_batch, x2_pixel, x2_channel, y_batch, y_pixel, y_channel,
     GROUP_CHANNELS: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr, PAIR: tl.constexpr, SILU: tl.constexpr,
+    BLOCK_P: tl.constexpr, EVEN_P: tl.constexpr, EVEN_C: tl.constexpr, PAIR: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """Σdv and Σdv·xhat of one span of pixels -> workspace (3, B, spans, C), `plane` apart."""
-    b, c, mask_c = _bundle(bundles, channels, BUNDLE, BLOCK_C)
+    b, c, mask_c = _bundle(bundles, channels, BUNDLE, BLOCK_C, EVEN_C)
     wide = b.to(tl.int64)
     x += wide * x_batch
     x2 = x2 if x2 is None else x2 + wide * x2_batch
@@ -182,7 +184,7 @@ def backward_partial(
     t1 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in tl.range(first, last, BLOCK_P, num_stages=3):
         p = start + tl.arange(0, BLOCK_P)
-        mask = (p < last)[:, None] & mask_c[None, :]
+        mask = _inside(p, last, mask_c, BLOCK_P, EVEN_P)
         tile = _load(x, x2, p, c, mask, first_channels, x_pixel, x_channel, x2_pixel, x2_channel, PAIR)
         at = wide * y_batch + (p[:, None] * y_pixel + c[None, :] * y_channel)
         xhat = ((tile.to(tl.float32) - rough[None, :]) + rest[None, :]) * rstd[None, :]
@@ -201,10 +203,11 @@ def backward_apply(
     x_batch, x_pixel, x_channel, x2_batch, x2_pixel, x2_channel,
     dx_batch, dx_pixel, dx_channel, dx2_batch, dx2_pixel, dx2_channel, y_batch, y_pixel, y_channel,
     GROUP_CHANNELS: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, PAIR: tl.constexpr, SILU: tl.constexpr, INPUT_SUM: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, EVEN_P: tl.constexpr, EVEN_C: tl.constexpr, PAIR: tl.constexpr,
+    SILU: tl.constexpr, INPUT_SUM: tl.constexpr,
 ):  # fmt: skip
     """Adds the spans' sums up and writes the input gradient of one span; its own Σdx goes to the workspace."""
-    b, c, mask_c = _bundle(bundles, channels, BUNDLE, BLOCK_C)
+    b, c, mask_c = _bundle(bundles, channels, BUNDLE, BLOCK_C, EVEN_C)
     part = tl.num_programs(1) - 1 - tl.program_id(1)  # as in forward_apply: the last span read is still in the cache
     wide = b.to(tl.int64)
     x += wide * x_batch
@@ -228,7 +231,7 @@ def backward_apply(
     last = tl.minimum(part * span + span, pixels)
     for start in tl.range(part * span, last, BLOCK_P, num_stages=3):
         p = start + tl.arange(0, BLOCK_P)
-        mask = (p < last)[:, None] & mask_c[None, :]
+        mask = _inside(p, last, mask_c, BLOCK_P, EVEN_P)
         tile = _load(x, x2, p, c, mask, first_channels, x_pixel, x_channel, x2_pixel, x2_channel, PAIR)
         at = wide * y_batch + (p[:, None] * y_pixel + c[None, :] * y_channel)
         xhat = ((tile.to(tl.float32) - rough[None, :]) + rest[None, :]) * rstd[None, :]

@@ -53,6 +53,14 @@ def _affine(weight, bias, scale, scale_row, shift, shift_row, b, c, mask):
 
 
 @triton.jit
+def _line(rough, rest, factor, offset):
+    """((x − rough) + rest)·factor + offset as (x − centre)·factor + offset, with what the centre rounds off: fewer
+    registers."""
+    centre = rough - rest
+    return centre, factor, offset - ((rough - centre) - rest) * factor
+
+
+@triton.jit
 def _load(x, x2, p, c, mask, first_channels, x_pixel, x_channel, x2_pixel, x2_channel, PAIR: tl.constexpr):
     """A (pixels, channels) tile of the input in its own dtype; x and x2 point at the sample."""
     if PAIR:
@@ -75,13 +83,25 @@ def _join(tile, skip, r, join_bias, skip_scale, at, c, mask_c, mask):
 
 
 @triton.jit
-def _bundle(bundles, channels, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr):
-    """This program's sample, bundle, channels and which of them exist."""
+def _bundle(bundles, channels, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr, EVEN_C: tl.constexpr):
+    """This program's sample, its channels and which of them exist: all with EVEN_C."""
     program = tl.program_id(0)
     b = program // bundles
     lane = tl.arange(0, BLOCK_C)
     c = (program % bundles) * BUNDLE + lane
-    return b, c, (lane < BUNDLE) & (c < channels)
+    if EVEN_C:
+        return b, c, tl.full([BLOCK_C], 1, tl.int1)
+    else:
+        return b, c, (lane < BUNDLE) & (c < channels)
+
+
+@triton.jit
+def _inside(p, last, mask_c, BLOCK_P: tl.constexpr, EVEN_P: tl.constexpr):
+    """Which pixels and channels of a tile exist; a constant where all do, so that no mask takes registers."""
+    if EVEN_P:
+        return tl.full([BLOCK_P, 1], 1, tl.int1) & mask_c[None, :]
+    else:
+        return (p < last)[:, None] & mask_c[None, :]
 
 
 @triton.jit
@@ -99,13 +119,14 @@ def forward_tile(
     bundles, channels, first_channels, pixels, emb_row, scale_row, shift_row,
     x_batch, x_pixel, x_channel, x2_batch, x2_pixel, x2_channel, y_batch, y_pixel, y_channel,
     GROUP_CHANNELS: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_P: tl.constexpr, PAIR: tl.constexpr, JOIN: tl.constexpr, SILU: tl.constexpr,
+    BLOCK_P: tl.constexpr, EVEN_P: tl.constexpr, EVEN_C: tl.constexpr, PAIR: tl.constexpr, JOIN: tl.constexpr,
+    SILU: tl.constexpr,
 ):  # fmt: skip
     """One read, one write: the whole (pixels × bundle) tile stays in registers."""
-    b, c, mask_c = _bundle(bundles, channels, BUNDLE, BLOCK_C)
+    b, c, mask_c = _bundle(bundles, channels, BUNDLE, BLOCK_C, EVEN_C)
     wide = b.to(tl.int64)
     p = tl.arange(0, BLOCK_P)
-    mask = (p < pixels)[:, None] & mask_c[None, :]
+    mask = _inside(p, pixels, mask_c, BLOCK_P, EVEN_P)
     tile = _load(
         x + wide * x_batch, x2 if x2 is None else x2 + wide * x2_batch, p, c, mask, first_channels,
         x_pixel, x_channel, x2_pixel, x2_channel, PAIR,
@@ -115,7 +136,6 @@ def forward_tile(
         tile = _join(tile, skip, r, join_bias, skip_scale, at, c, mask_c, mask)
 
     added = _added(emb, emb_row, input_bias, b, c, mask_c)
-    gain, offset = _affine(weight, bias, scale, scale_row, shift, shift_row, b, c, mask_c)
     count = (GROUP_CHANNELS * pixels) * 1.0
     u = tl.where(mask, tile.to(tl.float32) + added[None, :], 0.0)
     rough = _group_sum(tl.sum(u, 0), GROUP_CHANNELS, BLOCK_C, BLOCK_G) / count
@@ -126,9 +146,9 @@ def forward_tile(
     if stats is not None:
         _write_stats(stats, b, channels // GROUP_CHANNELS, c, mask_c, rough, gap, rstd, GROUP_CHANNELS)
 
-    rest = added - gap
-    d = (tile.to(tl.float32) - rough[None, :]) + rest[None, :]
-    v = d * (rstd * gain)[None, :] + offset[None, :]
+    gain, offset = _affine(weight, bias, scale, scale_row, shift, shift_row, b, c, mask_c)
+    centre, factor, offset = _line(rough, added - gap, rstd * gain, offset)
+    v = (tile.to(tl.float32) - centre[None, :]) * factor[None, :] + offset[None, :]
     tl.store(y + at, _silu(v) if SILU else v, mask)
 
 
@@ -138,10 +158,11 @@ def forward_loop(
     bundles, channels, first_channels, pixels, emb_row, scale_row, shift_row,
     x_batch, x_pixel, x_channel, x2_batch, x2_pixel, x2_channel, y_batch, y_pixel, y_channel,
     GROUP_CHANNELS: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_P: tl.constexpr, PAIR: tl.constexpr, JOIN: tl.constexpr, SILU: tl.constexpr,
+    BLOCK_P: tl.constexpr, EVEN_P: tl.constexpr, EVEN_C: tl.constexpr, PAIR: tl.constexpr, JOIN: tl.constexpr,
+    SILU: tl.constexpr,
 ):  # fmt: skip
     """Two walks over the bundle's pixels in steps of BLOCK_P; the second finds them in the L2 cache."""
-    b, c, mask_c = _bundle(bundles, channels, BUNDLE, BLOCK_C)
+    b, c, mask_c = _bundle(bundles, channels, BUNDLE, BLOCK_C, EVEN_C)
     wide = b.to(tl.int64)
     x += wide * x_batch
     x2 = x2 if x2 is None else x2 + wide * x2_batch
@@ -154,7 +175,7 @@ def forward_loop(
     s2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in tl.range(0, pixels, BLOCK_P, num_stages=3):
         p = start + tl.arange(0, BLOCK_P)
-        mask = (p < pixels)[:, None] & mask_c[None, :]
+        mask = _inside(p, pixels, mask_c, BLOCK_P, EVEN_P)
         tile = _load(x, x2, p, c, mask, first_channels, x_pixel, x_channel, x2_pixel, x2_channel, PAIR)
         if JOIN:
             at = base + (p[:, None] * y_pixel + c[None, :] * y_channel)
@@ -173,18 +194,16 @@ def forward_loop(
         _write_stats(stats, b, channels // GROUP_CHANNELS, c, mask_c, rough, gap, rstd, GROUP_CHANNELS)
 
     gain, offset = _affine(weight, bias, scale, scale_row, shift, shift_row, b, c, mask_c)
-    factor = rstd * gain
-    rest = added - gap
+    centre, factor, offset = _line(rough, added - gap, rstd * gain, offset)
     for start in tl.range(0, pixels, BLOCK_P, num_stages=3):
         p = start + tl.arange(0, BLOCK_P)
-        mask = (p < pixels)[:, None] & mask_c[None, :]
+        mask = _inside(p, pixels, mask_c, BLOCK_P, EVEN_P)
         at = base + (p[:, None] * y_pixel + c[None, :] * y_channel)
         if JOIN:
             tile = tl.load(r + at, mask, other=0.0)
         else:
             tile = _load(x, x2, p, c, mask, first_channels, x_pixel, x_channel, x2_pixel, x2_channel, PAIR)
-        d = (tile.to(tl.float32) - rough[None, :]) + rest[None, :]
-        v = d * factor[None, :] + offset[None, :]
+        v = (tile.to(tl.float32) - centre[None, :]) * factor[None, :] + offset[None, :]
         tl.store(y + at, _silu(v) if SILU else v, mask)
 
 
@@ -194,10 +213,10 @@ def forward_partial(
     bundles, channels, first_channels, pixels, span, emb_row,
     x_batch, x_pixel, x_channel, x2_batch, x2_pixel, x2_channel, y_batch, y_pixel, y_channel,
     GROUP_CHANNELS: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_P: tl.constexpr, PAIR: tl.constexpr, JOIN: tl.constexpr,
+    BLOCK_P: tl.constexpr, EVEN_P: tl.constexpr, EVEN_C: tl.constexpr, PAIR: tl.constexpr, JOIN: tl.constexpr,
 ):  # fmt: skip
     """Rough mean, correction and variance of one span of pixels -> workspace (B, spans, G, 3)."""
-    b, c, mask_c = _bundle(bundles, channels, BUNDLE, BLOCK_C)
+    b, c, mask_c = _bundle(bundles, channels, BUNDLE, BLOCK_C, EVEN_C)
     wide = b.to(tl.int64)
     x += wide * x_batch
     x2 = x2 if x2 is None else x2 + wide * x2_batch
@@ -210,7 +229,7 @@ def forward_partial(
     s2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in tl.range(first, last, BLOCK_P, num_stages=3):
         p = start + tl.arange(0, BLOCK_P)
-        mask = (p < last)[:, None] & mask_c[None, :]
+        mask = _inside(p, last, mask_c, BLOCK_P, EVEN_P)
         tile = _load(x, x2, p, c, mask, first_channels, x_pixel, x_channel, x2_pixel, x2_channel, PAIR)
         if JOIN:
             at = wide * y_batch + (p[:, None] * y_pixel + c[None, :] * y_channel)
@@ -238,11 +257,11 @@ def forward_apply(
     bundles, channels, first_channels, pixels, span, spans, emb_row, scale_row, shift_row,
     x_batch, x_pixel, x_channel, x2_batch, x2_pixel, x2_channel, y_batch, y_pixel, y_channel,
     GROUP_CHANNELS: tl.constexpr, BUNDLE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_P: tl.constexpr, PAIR: tl.constexpr, SILU: tl.constexpr,
+    BLOCK_P: tl.constexpr, EVEN_P: tl.constexpr, EVEN_C: tl.constexpr, PAIR: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """Combines the spans' moments (Chan, Golub & LeVeque 1979) and normalises one span."""
     # the last programs of forward_partial ran last: what they read is what the L2 cache still holds
-    b, c, mask_c = _bundle(bundles, channels, BUNDLE, BLOCK_C)
+    b, c, mask_c = _bundle(bundles, channels, BUNDLE, BLOCK_C, EVEN_C)
     part = tl.num_programs(1) - 1 - tl.program_id(1)
     groups = channels // GROUP_CHANNELS
     s = tl.arange(0, BLOCK_S)
@@ -264,14 +283,13 @@ def forward_apply(
     x += wide * x_batch
     x2 = x2 if x2 is None else x2 + wide * x2_batch
     gain, offset = _affine(weight, bias, scale, scale_row, shift, shift_row, b, c, mask_c)
-    factor = rstd * gain
     rest = _added(emb, emb_row, input_bias, b, c, mask_c) - gap
+    centre, factor, offset = _line(rough, rest, rstd * gain, offset)
     last = tl.minimum(part * span + span, pixels)
     for start in tl.range(part * span, last, BLOCK_P, num_stages=3):
         p = start + tl.arange(0, BLOCK_P)
-        mask = (p < last)[:, None] & mask_c[None, :]
+        mask = _inside(p, last, mask_c, BLOCK_P, EVEN_P)
         tile = _load(x, x2, p, c, mask, first_channels, x_pixel, x_channel, x2_pixel, x2_channel, PAIR)
-        d = (tile.to(tl.float32) - rough[None, :]) + rest[None, :]
-        v = d * factor[None, :] + offset[None, :]
+        v = (tile.to(tl.float32) - centre[None, :]) * factor[None, :] + offset[None, :]
         at = wide * y_batch + (p[:, None] * y_pixel + c[None, :] * y_channel)
         tl.store(y + at, _silu(v) if SILU else v, mask)
