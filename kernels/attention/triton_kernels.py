@@ -162,7 +162,8 @@ def backward_key(
     v_batch, v_head, v_token, v_channel, dout_batch, dout_head, dout_token, dout_channel,
     dk_batch, dk_head, dk_token, dk_channel, dv_batch, dv_head, dv_token, dv_channel,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, INTERLEAVED: tl.constexpr, TO_INTERLEAVED: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, INTERLEAVED: tl.constexpr,
+    TO_INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """dk = Σ dsᵀ q/√d and dv = Σ pᵀ dout over the queries."""
     b, h = _head(heads)
