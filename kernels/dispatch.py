@@ -12,6 +12,9 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
+from torch.autograd import forward_ad
+
 
 @dataclass(frozen=True)
 class Reason:
@@ -30,6 +33,14 @@ class SlowPathError(RuntimeError):
 
 class SlowPathWarning(UserWarning):
     """An operation runs on a slower implementation than this machine could offer."""
+
+
+TRANSFORMED = Reason("torch.func or forward-mode differentiation is active: plain torch is transformed")
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode AD watches what runs: the operators know neither."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 _warned: set[tuple[str, Reason]] = set()

@@ -149,6 +149,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             f"q, k, v must have one shape (B·heads, T, d) or (B, heads, T, d), not {tuple(q.shape)}, "
             f"{tuple(k.shape)}, {tuple(v.shape)}"
         )
+    _check_devices(q, k=k, v=v)
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
     if q.ndim == 3:
@@ -180,7 +181,8 @@ def _fake_weight(sigma: Tensor, sigma_data: float, batch: int) -> Tensor:
     """w(σ) = (σ² + s²)/(σ s)² = 1/σ² + 1/s², (B,)."""
     if sigma.numel() != batch:
         raise ValueError(f"sigma must hold {batch} values, not {sigma.numel()}")
-    return sigma.reshape(-1) ** -2 + sigma_data**-2
+    wide = sigma if sigma.dtype == torch.float64 else sigma.float()  # 1/σ² of small levels is beyond float16
+    return wide.reshape(-1) ** -2 + sigma_data**-2
 
 
 def _check_predictions(images: Tensor, y_real: Tensor, y_fake: Tensor, weight: Tensor | None) -> None:
@@ -190,6 +192,13 @@ def _check_predictions(images: Tensor, y_real: Tensor, y_fake: Tensor, weight: T
         )
     if weight is not None and weight.numel() != images.shape[0]:
         raise ValueError(f"weight must hold {images.shape[0]} values, not {weight.numel()}")
+    _check_devices(images, y_real=y_real, y_fake=y_fake, weight=weight)
+
+
+def _check_devices(first: Tensor, **others: Tensor | None) -> None:
+    for name, t in others.items():
+        if t is not None and t.device != first.device:
+            raise ValueError(f"{name} is on {t.device}, the rest on {first.device}: move it there")
 
 
 def fake_score_loss(y_fake: Tensor, images: Tensor, sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
@@ -208,6 +217,7 @@ def fake_score_loss(y_fake: Tensor, images: Tensor, sigma: Tensor, sigma_data: f
         ValueError: y_fake and images differ in shape, or sigma does not hold B values.
     """
     _check(y_fake.shape == images.shape, f"y_fake {tuple(y_fake.shape)} and images {tuple(images.shape)} must agree")
+    _check_devices(images, y_fake=y_fake, sigma=sigma)
     return _distill_loss.fake_score_loss(y_fake, images, _fake_weight(sigma, sigma_data, images.shape[0]))
 
 
@@ -278,6 +288,7 @@ def distill_losses(
         ValueError: shapes differ, or sigma or weight does not hold B values.
     """
     _check_predictions(images, y_real, y_fake, weight)
+    _check_devices(images, sigma=sigma)
     fake_weight = _fake_weight(sigma, sigma_data, images.shape[0])
     return _distill_loss.distill_losses(images, y_real, y_fake, alpha, weight, fake_weight)
 
@@ -311,6 +322,7 @@ def distill_loss_gradients(
         ValueError: shapes differ, or sigma or weight does not hold B values.
     """
     _check_predictions(images, y_real, y_fake, weight)
+    _check_devices(images, sigma=sigma)
     fake_weight = _fake_weight(sigma, sigma_data, images.shape[0])
     return _distill_loss.distill_loss_gradients(
         images, y_real, y_fake, alpha, weight, fake_weight, student_scale, fake_scale, wanted

@@ -28,6 +28,7 @@ def bound(want: Tensor, plain: Tensor, dtype: torch.dtype, terms: Tensor | None 
 def assert_close(got: Tensor, want: Tensor, plain: Tensor, what: str = "", terms: Tensor | None = None) -> None:
     """Assert rule 1 for `got`, in its own dtype; NaN and infinity never pass."""
     assert got.shape == want.shape, f"{what}: {tuple(got.shape)} against {tuple(want.shape)}"
+    assert got.isfinite().all() and plain.isfinite().all(), f"{what}: not finite"
     error = (got.double().cpu() - want.double().cpu()).abs().max() if got.numel() else torch.zeros(())
     limit = bound(want, plain, got.dtype, terms) if got.numel() else torch.zeros(())
     assert error <= limit, f"{what}: error {error.item():.3e}, allowed {limit.item():.3e}"

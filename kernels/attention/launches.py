@@ -48,19 +48,22 @@ def launches_forward(
 
     batch, heads, tokens, channels = q.shape
     chosen = plan("forward", tokens, channels, q.element_size(), batch * heads, device, _strided(q, k, v))
+    blocks = -(-tokens // chosen.block_queries)
     arguments = {
         "q": q,
         "k": k,
         "v": v,
         "out": out,
         "logsumexp": logsumexp,
+        "blocks": blocks,
         "heads": heads,
         "tokens": tokens,
         "log2_scale": _LOG2_E / math.sqrt(channels),
         **_named(q=q, k=k, v=v, out=out),
     }
-    grid = (-(-tokens // chosen.block_queries), batch * heads)
-    return [Launch(kernels.forward, grid, arguments, _constants(q, k, v, chosen), chosen.num_warps)]
+    return [
+        Launch(kernels.forward, (blocks * batch * heads,), arguments, _constants(q, k, v, chosen), chosen.num_warps)
+    ]
 
 
 def launches_backward(
@@ -95,11 +98,12 @@ def launches_backward(
     }
     launches = []
     chosen = plan("backward_query", tokens, channels, q.element_size(), batch * heads, device, _strided(q, k, v))
+    blocks = -(-tokens // chosen.block_queries)
     launches.append(
         Launch(
             kernels.backward_query,
-            (-(-tokens // chosen.block_queries), batch * heads),
-            {**shared, "out": out, "dq": dq, **_named(out=out, dq=dq)},
+            (blocks * batch * heads,),
+            {**shared, "blocks": blocks, "out": out, "dq": dq, **_named(out=out, dq=dq)},
             {
                 **_constants(q, k, v, chosen),
                 "KEYS_FIRST": q.element_size() == 4,
@@ -110,11 +114,12 @@ def launches_backward(
         )
     )
     chosen = plan("backward_key", tokens, channels, q.element_size(), batch * heads, device, _strided(q, k, v))
+    blocks = -(-tokens // chosen.block_keys)
     launches.append(
         Launch(
             kernels.backward_key,
-            (-(-tokens // chosen.block_keys), batch * heads),
-            {**shared, "dk": dk, "dv": dv, **_named(dk=dk, dv=dv)},
+            (blocks * batch * heads,),
+            {**shared, "blocks": blocks, "dk": dk, "dv": dv, **_named(dk=dk, dv=dv)},
             {**_constants(q, k, v, chosen), "TO_INTERLEAVED": dk.stride(3) == dv.stride(3) == 3},
             chosen.num_warps,
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..device import interpreting, supports_triton
-from ..dispatch import Reason, fall_back, taken
+from ..dispatch import TRANSFORMED, Reason, fall_back, taken, transformed
 from . import reference
 from .launches import launches_backward, launches_forward
 from .registration import call, split
@@ -24,6 +24,8 @@ def supports(q: Tensor, channels: int) -> Reason | None:
     """None when a fast version takes this call, Triton on a GPU or PyTorch's flash attention on the CPU."""
     if q.dtype not in _DTYPES:
         return _DTYPE
+    if not torch.compiler.is_compiling() and transformed():
+        return TRANSFORMED
     if q.is_cpu and not interpreting():
         return None
     return supports_triton(q) or (None if channels <= 256 else _WIDTH)
@@ -37,10 +39,10 @@ class _Attention(torch.autograd.Function):
         return out  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         q, k, v, out, logsumexp = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _differentiable_backward(reference.attention, (q, k, v), dout)
+            return _differentiable_backward(reference.attention, (q, k, v), ctx.needs_input_grad, dout)
         return call("attention_backward", dout, q, k, v, out, logsumexp)  # type: ignore[no-any-return]
 
 
@@ -60,14 +62,18 @@ class _ProjectedAttention(torch.autograd.Function):
             def again(x: Tensor) -> Tensor:
                 return _plain_projected(x, ctx.num_heads, ctx.interleaved)
 
-            return (*_differentiable_backward(again, (qkv,), dout), None, None)
+            return (*_differentiable_backward(again, (qkv,), (True,), dout), None, None)
         arguments = (dout, qkv, out, logsumexp, ctx.num_heads, ctx.interleaved)
         return call("projected_attention_backward", *arguments), None, None
 
 
-def _differentiable_backward(function: Any, arguments: tuple[Tensor, ...], dout: Tensor) -> tuple[Tensor, ...]:
+def _differentiable_backward(function: Any, arguments: tuple[Tensor, ...], needs: Any, dout: Tensor) -> tuple[Any, ...]:
     """First derivatives in plain torch, for a caller who wants to differentiate them again (create_graph=True)."""
-    return torch.autograd.grad(function(*arguments), arguments, dout, create_graph=True)
+    # views: partial derivatives, without those through an argument that itself depends on another one
+    aliases = [t.view_as(t) if need else t for t, need in zip(arguments, needs, strict=True)]
+    wanted = [t for t, need in zip(aliases, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(function(*aliases), wanted, dout, create_graph=True))
+    return tuple(next(found) if need else None for need in needs)
 
 
 def _plain_projected(qkv: Tensor, num_heads: int, interleaved: bool) -> Tensor:

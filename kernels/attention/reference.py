@@ -9,5 +9,10 @@ from torch import Tensor
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q, k, v (…, T, d) -> (…, T, d)."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    with torch.autocast(q.device.type, enabled=False):  # it would take the products out of float32
+        return _attention(q, k, v, wide)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, wide: torch.dtype) -> Tensor:
     logits = torch.einsum("...qd,...kd->...qk", q.to(wide), (k / q.shape[-1] ** 0.5).to(wide))
     return torch.einsum("...qk,...kd->...qd", logits.softmax(dim=-1).to(v.dtype), v)

@@ -5,6 +5,7 @@ logsumexp is what the backward of the same device reads: of base 2 on a GPU, nat
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,20 +14,20 @@ from torch._prims_common import suggest_memory_format
 
 from ..device import device_of, interpreting
 from ..launch import run
+from ..tags import TAGS
 from .launches import launches_backward, launches_forward
 
 _library = torch.library.Library("sign_fast", "FRAGMENT")
-_library.define("attention(Tensor q, Tensor k, Tensor v) -> Tensor")
-_library.define("attention_forward(Tensor q, Tensor k, Tensor v) -> (Tensor out, Tensor logsumexp)")
-_library.define(
+_define = partial(_library.define, tags=TAGS)
+_define("attention(Tensor q, Tensor k, Tensor v) -> Tensor")
+_define("attention_forward(Tensor q, Tensor k, Tensor v) -> (Tensor out, Tensor logsumexp)")
+_define(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp) "
     "-> (Tensor dq, Tensor dk, Tensor dv)"
 )
-_library.define("projected_attention(Tensor qkv, int num_heads, bool interleaved) -> Tensor")
-_library.define(
-    "projected_attention_forward(Tensor qkv, int num_heads, bool interleaved) -> (Tensor out, Tensor logsumexp)"
-)
-_library.define(
+_define("projected_attention(Tensor qkv, int num_heads, bool interleaved) -> Tensor")
+_define("projected_attention_forward(Tensor qkv, int num_heads, bool interleaved) -> (Tensor out, Tensor logsumexp)")
+_define(
     "projected_attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor logsumexp, int num_heads, "
     "bool interleaved) -> Tensor"
 )
@@ -159,6 +160,8 @@ def _token_major(x: Tensor) -> Tensor:
 
 
 def _cpu_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    if not q.numel():  # which it divides by
+        return _fake_forward(q, k, v)
     out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(_rows(q), _rows(k), _rows(v))
     return _token_major(out), logsumexp.contiguous()
 
@@ -170,6 +173,8 @@ def _cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _cpu_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if not q.numel():
+        return _fake_backward(dout, q, k, v)
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         _rows(dout), _rows(q), _rows(k), _rows(v), _rows(out), logsumexp, 0.0, False
     )

@@ -10,10 +10,14 @@ import triton.language as tl
 
 
 @triton.jit
-def _head(heads):
-    """This program's sample and head, the first one wide enough for offsets beyond 2³¹."""
-    program = tl.program_id(1)
-    return (program // heads).to(tl.int64), program % heads
+def _head(blocks, heads):
+    """This program's block, sample and head, and both as one row; wide where offsets may pass 2³¹.
+
+    One axis of the grid holds them all: the others end at 65,535. A head's blocks are neighbours and share its keys.
+    """
+    program = tl.program_id(0)
+    row = program // blocks
+    return program % blocks, (row // heads).to(tl.int64), row % heads, row.to(tl.int64)
 
 
 @triton.jit
@@ -46,14 +50,14 @@ def _put(pointer, value, token, channel, token_stride, channel_stride, tokens, D
 
 @triton.jit
 def forward(
-    q, k, v, out, logsumexp, heads, tokens, log2_scale,
+    q, k, v, out, logsumexp, blocks, heads, tokens, log2_scale,
     q_batch, q_head, q_token, q_channel, k_batch, k_head, k_token, k_channel,
     v_batch, v_head, v_token, v_channel, out_batch, out_head, out_token, out_channel,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(q kᵀ/√d) v; log2_scale is log2(e)/√d: exponentials are powers of two, logsumexp of base 2."""
-    b, h = _head(heads)
+    block, b, h, row = _head(blocks, heads)
     if INTERLEAVED:  # known to the compiler, an address for each channel takes no register
         q_channel = 3
         k_channel = 3
@@ -61,7 +65,7 @@ def forward(
     q += b * q_batch + h * q_head
     k += b * k_batch + h * k_head
     v += b * v_batch + h * v_head
-    query = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    query = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     channel = tl.arange(0, BLOCK_D)
     queries = _tile(q, query, channel, q_token, q_channel, tokens, D, EVEN, D == BLOCK_D)
     largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
@@ -82,13 +86,12 @@ def forward(
         largest = peak
     _put(out + b * out_batch + h * out_head, mixed / total[:, None], query, channel, out_token, out_channel, tokens, D)
     if logsumexp is not None:
-        row = tl.program_id(1).to(tl.int64) * tokens
-        tl.store(logsumexp + row + query, largest + tl.log2(total), query < tokens)
+        tl.store(logsumexp + row * tokens + query, largest + tl.log2(total), query < tokens)
 
 
 @triton.jit
 def backward_query(
-    dout, q, k, v, out, logsumexp, delta, dq, heads, tokens, scale, log2_scale,
+    dout, q, k, v, out, logsumexp, delta, dq, blocks, heads, tokens, scale, log2_scale,
     q_batch, q_head, q_token, q_channel, k_batch, k_head, k_token, k_channel,
     v_batch, v_head, v_token, v_channel, out_batch, out_head, out_token, out_channel,
     dout_batch, dout_head, dout_token, dout_channel, dq_batch, dq_head, dq_token, dq_channel,
@@ -97,7 +100,7 @@ def backward_query(
     INTERLEAVED: tl.constexpr, TO_INTERLEAVED: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """dq = Σ ds·k/√d with ds = p·(dout vᵀ − delta); writes delta = Σ dout·out of its rows for `backward_key`."""
-    b, h = _head(heads)
+    block, b, h, row = _head(blocks, heads)
     if INTERLEAVED:  # known to the compiler, an address for each channel takes no register
         q_channel = 3
         k_channel = 3
@@ -107,9 +110,9 @@ def backward_query(
     q += b * q_batch + h * q_head
     k += b * k_batch + h * k_head
     v += b * v_batch + h * v_head
-    query = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    query = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     channel = tl.arange(0, BLOCK_D)
-    row = tl.program_id(1).to(tl.int64) * tokens + query
+    row = row * tokens + query
     upstream = _tile(
         dout + b * dout_batch + h * dout_head, query, channel, dout_token, dout_channel, tokens, D, EVEN, D == BLOCK_D
     )
@@ -157,7 +160,7 @@ def backward_query(
 
 @triton.jit
 def backward_key(
-    dout, q, k, v, logsumexp, delta, dk, dv, heads, tokens, scale, log2_scale,
+    dout, q, k, v, logsumexp, delta, dk, dv, blocks, heads, tokens, scale, log2_scale,
     q_batch, q_head, q_token, q_channel, k_batch, k_head, k_token, k_channel,
     v_batch, v_head, v_token, v_channel, dout_batch, dout_head, dout_token, dout_channel,
     dk_batch, dk_head, dk_token, dk_channel, dv_batch, dv_head, dv_token, dv_channel,
@@ -166,7 +169,7 @@ def backward_key(
     TO_INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """dk = Σ dsᵀ q/√d and dv = Σ pᵀ dout over the queries."""
-    b, h = _head(heads)
+    block, b, h, row = _head(blocks, heads)
     if INTERLEAVED:  # known to the compiler, an address for each channel takes no register
         q_channel = 3
         k_channel = 3
@@ -176,9 +179,9 @@ def backward_key(
         dv_channel = 3
     q += b * q_batch + h * q_head
     dout += b * dout_batch + h * dout_head
-    key = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    key = block * BLOCK_K + tl.arange(0, BLOCK_K)
     channel = tl.arange(0, BLOCK_D)
-    row = tl.program_id(1).to(tl.int64) * tokens
+    row *= tokens
     keys = _tile(k + b * k_batch + h * k_head, key, channel, k_token, k_channel, tokens, D, EVEN, D == BLOCK_D)
     values = _tile(v + b * v_batch + h * v_head, key, channel, v_token, v_channel, tokens, D, EVEN, D == BLOCK_D)
     key_gradient = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)

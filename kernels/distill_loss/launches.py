@@ -52,8 +52,8 @@ def launches_forward(
     arguments = {"images": images, "y_real": y_real, "y_fake": y_fake, "workspace": workspace, **results}
     first = Launch(
         kernels.sums,
-        (spans, batch),
-        {**arguments, "span": chosen.span, "alpha": alpha},
+        (spans * batch,),
+        {**arguments, "span": chosen.span, "spans": spans, "alpha": alpha},
         {**constants, "BLOCK": chosen.block, "WHOLE": spans == 1},
         chosen.num_warps,
     )
@@ -84,6 +84,7 @@ def launches_backward(
 
     batch, size = images.shape[0], _size(images)
     chosen = config.elementwise(size)
+    blocks = -(-size // chosen.block)
     arguments = {
         "images": images,
         "y_real": y_real,
@@ -96,12 +97,14 @@ def launches_backward(
         "fake_scale": fake_scale,
         "batch": batch,
         "size": size,
+        "blocks": blocks,
         "alpha": alpha,
         **dict(zip(("d_images", "d_real", "d_fake", "d_fake_error"), outputs, strict=True)),
     }
     constants = {"STUDENT": _STUDENT[mode], "FAKE": fake_weight is not None, "APART": outputs[3] is not None}
-    grid = (-(-size // chosen.block), batch)
-    return [Launch(kernels.gradients, grid, arguments, {**constants, "BLOCK": chosen.block}, chosen.num_warps)]
+    return [
+        Launch(kernels.gradients, (blocks * batch,), arguments, {**constants, "BLOCK": chosen.block}, chosen.num_warps)
+    ]
 
 
 def launches_gradients(

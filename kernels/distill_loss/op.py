@@ -10,7 +10,7 @@ from torch._prims_common import suggest_memory_format
 
 from .. import extension
 from ..device import interpreting, supports_triton
-from ..dispatch import Reason, fall_back, taken
+from ..dispatch import TRANSFORMED, Reason, fall_back, taken, transformed
 from . import reference
 from .launches import launches_backward, launches_forward, launches_gradients
 from .reference import Mode
@@ -31,12 +31,17 @@ __all__ = [
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _DTYPE = Reason("float64 is for checking only")
 _MIXED = Reason("the inputs have several dtypes", "give images, y_real and y_fake in one")
+_WEIGHTS = Reason("gradients of the weights are wanted: plain torch differentiates them")
 _LARGE = Reason("one sample has 2³¹ elements or more")
 _COMPILING = Reason("a compiler fuses the plain form with its neighbours on the CPU")
 
 
-def supports(images: Tensor, *others: Tensor) -> Reason | None:
+def supports(images: Tensor, *others: Tensor, weights: tuple[OptionalTensor, ...] = ()) -> Reason | None:
     """None when a fast version takes this call, Triton on a GPU and C++ on the CPU, otherwise why not."""
+    if not torch.compiler.is_compiling() and transformed():
+        return TRANSFORMED
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in weights):
+        return _WEIGHTS
     if any(t.dtype != images.dtype for t in others):
         return _MIXED
     if images.dtype not in _DTYPES:
@@ -46,8 +51,8 @@ def supports(images: Tensor, *others: Tensor) -> Reason | None:
     return supports_triton(images) or (_LARGE if images[:1].numel() >= 2**31 else None)
 
 
-def _fast(images: Tensor, *others: Tensor) -> bool:
-    reason = supports(images, *others)
+def _fast(images: Tensor, *others: Tensor, weights: tuple[OptionalTensor, ...] = ()) -> bool:
+    reason = supports(images, *others, weights=weights)
     if torch.compiler.is_compiling():
         return reason is None
     if reason is not None:
@@ -96,19 +101,20 @@ class _DistillLoss(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             arguments = (images, y_real, y_fake, ctx.alpha, student_weight, fake_weight, ctx.mode)
             return (*_differentiable_backward(arguments, needs, for_student, for_fake), None, None, None, None)
-        # a loss that nothing was made of sends nothing back
-        zero = factors[0] * 0
+        # of a loss that nothing was made of nothing is computed: it may be infinite
+        mode = "fake" if for_student is None else ctx.mode
+        fake_weight = None if for_fake is None else fake_weight
         found = call(
             "distill_loss_backward",
             images,
             y_real,
             y_fake,
             factors,
-            zero if for_student is None else for_student.contiguous(),
-            zero if for_fake is None else for_fake.contiguous(),
+            None if for_student is None else for_student.contiguous(),
+            None if for_fake is None else for_fake.contiguous(),
             fake_weight,
             ctx.alpha,
-            ctx.mode,
+            mode,
             *needs,
         )
         gradients = (gradient if need else None for gradient, need in zip(found, needs, strict=True))
@@ -155,7 +161,7 @@ def _plain(
 
 def fake_score_loss(y_fake: Tensor, images: Tensor, weight: Tensor) -> Tensor:
     """weight (B,) times the per-sample sum of squares."""
-    if not _fast(images, y_fake):
+    if not _fast(images, y_fake, weights=(weight,)):
         return reference.fake_score_loss(y_fake, images, weight)
     images, y_fake = _alike(images, y_fake)
     return _DistillLoss.apply(images, images.detach(), y_fake, 0.0, None, _vector(weight), "fake")[1]  # type: ignore
@@ -163,7 +169,7 @@ def fake_score_loss(y_fake: Tensor, images: Tensor, weight: Tensor) -> Tensor:
 
 def sid_generator_loss(images: Tensor, y_real: Tensor, y_fake: Tensor, alpha: float, weight: OptionalTensor) -> Tensor:
     """weight (B,) or None for 1/omega."""
-    if not _fast(images, y_real, y_fake):
+    if not _fast(images, y_real, y_fake, weights=(weight,)):
         return reference.sid_generator_loss(images, y_real, y_fake, alpha, weight)
     return _DistillLoss.apply(*_alike(images, y_real, y_fake), alpha, _vector(weight), None, "sid")[0]  # type: ignore
 
@@ -171,7 +177,7 @@ def sid_generator_loss(images: Tensor, y_real: Tensor, y_fake: Tensor, alpha: fl
 def distribution_matching_loss(images: Tensor, y_real: Tensor, y_fake: Tensor, weight: OptionalTensor) -> Tensor:
     """weight (B,) or None for 1/omega; the predictions are data."""
     y_real, y_fake = y_real.detach(), y_fake.detach()
-    if not _fast(images, y_real, y_fake):
+    if not _fast(images, y_real, y_fake, weights=(weight,)):
         return reference.distribution_matching_loss(images, y_real, y_fake, weight)
     return _DistillLoss.apply(*_alike(images, y_real, y_fake), 0.0, _vector(weight), None, "matching")[0]  # type: ignore
 
@@ -185,7 +191,7 @@ def distill_losses(
     fake_weight: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """(student (B,), fake (B,)); weights (B,), student_weight None for 1/omega."""
-    if not _fast(images, y_real, y_fake):
+    if not _fast(images, y_real, y_fake, weights=(student_weight, fake_weight)):
         return _plain(images, y_real, y_fake, alpha, student_weight, fake_weight, "sid")  # type: ignore[return-value]
     three = _alike(images, y_real, y_fake)
     return _DistillLoss.apply(*three, alpha, _vector(student_weight), _vector(fake_weight), "sid")  # type: ignore

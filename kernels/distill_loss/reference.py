@@ -17,18 +17,22 @@ def _wide(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
+def _rows(t: Tensor) -> Tensor:
+    return t.flatten(1) if t.ndim > 1 else t[:, None]
+
+
 def drop_nan_samples(*tensors: Tensor) -> list[Tensor]:
     """The tensors, at least float32, with every sample 0 that has a NaN in any of them."""
-    bad = torch.stack([t.detach().isnan().flatten(1).any(1) for t in tensors]).any(0)
+    bad = torch.stack([_rows(t.detach().isnan()).any(1) for t in tensors]).any(0)
     return [torch.where(bad.reshape(-1, *[1] * (t.ndim - 1)), t.new_zeros(()), _wide(t)) for t in tensors]
 
 
 def _per_sample_sum(t: Tensor) -> Tensor:
-    return t.flatten(1).sum(1)
+    return _rows(t).sum(1)
 
 
 def _inverse_omega(images: Tensor, y_real: Tensor) -> Tensor:
-    return 1 / (images - y_real).detach().abs().flatten(1).mean(1).clamp(min=1e-5)
+    return 1 / _rows((images - y_real).detach().abs()).mean(1).clamp(min=1e-5)
 
 
 def fake_score_loss(y_fake: Tensor, images: Tensor, weight: Tensor) -> Tensor:
@@ -69,7 +73,7 @@ def forward(
     factors: 1/omega or the given weight, then 1; both 0 for a NaN sample.
     """
     read = (images, y_fake) if mode == "fake" else (images, y_real, y_fake)
-    keep = _wide(1 - torch.stack([t.isnan().flatten(1).any(1) for t in read]).any(0).to(torch.int8))
+    keep = _wide(1 - torch.stack([_rows(t.isnan()).any(1) for t in read]).any(0).to(torch.int8))
     x, fake = drop_nan_samples(*read)[0], drop_nan_samples(*read)[-1]
     student = factor = torch.zeros_like(keep)
     if mode != "fake":

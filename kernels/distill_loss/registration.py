@@ -7,6 +7,7 @@ the losses' own gradients are known beforehand, as in a training step, `distill_
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -14,23 +15,25 @@ from torch import Tensor
 
 from ..device import device_of, interpreting
 from ..launch import run
+from ..tags import TAGS
 from . import reference
 from .launches import launches_backward, launches_forward, launches_gradients
 
 OptionalTensor: TypeAlias = Tensor | None
 
 _library = torch.library.Library("sign_fast", "FRAGMENT")
+_define = partial(_library.define, tags=TAGS)
 _INPUTS = "Tensor images, Tensor y_real, Tensor y_fake"
 _WANTED = "bool for_images, bool for_real, bool for_fake"
-_library.define(
+_define(
     f"distill_loss_forward({_INPUTS}, float alpha, Tensor? student_weight, Tensor? fake_weight, str mode) "
     "-> (Tensor student, Tensor fake, Tensor factors)"
 )
-_library.define(
+_define(
     f"distill_loss_backward({_INPUTS}, Tensor factors, Tensor? student_gradient, Tensor? fake_gradient, "
     f"Tensor? fake_weight, float alpha, str mode, {_WANTED}) -> (Tensor d_images, Tensor d_real, Tensor d_fake)"
 )
-_library.define(
+_define(
     f"distill_loss_gradients({_INPUTS}, float alpha, Tensor? student_weight, Tensor? fake_weight, float student_scale, "
     f"float fake_scale, str mode, {_WANTED}) -> "
     "(Tensor student, Tensor fake, Tensor d_images, Tensor d_real, Tensor d_fake, Tensor d_fake_error)"

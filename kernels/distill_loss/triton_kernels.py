@@ -65,13 +65,14 @@ def _losses(
 @triton.jit
 def sums(
     images, y_real, y_fake, workspace, student_weight, fake_weight, student_loss, fake_loss, factors,
-    batch, size, span, alpha,
+    batch, size, span, spans, alpha,
     BLOCK: tl.constexpr, STUDENT: tl.constexpr, FAKE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One read: the sums of one span of a sample -> workspace (B, spans, 4); with WHOLE straight to the losses."""
-    b = tl.program_id(1)
+    b = tl.program_id(0) // spans
+    part = tl.program_id(0) % spans
     base = b.to(tl.int64) * size
-    first = tl.program_id(0) * span
+    first = part * span
     last = tl.minimum(first + span, size)
     absolute = tl.zeros([BLOCK], tl.float32)
     student = tl.zeros([BLOCK], tl.float32)
@@ -95,7 +96,7 @@ def sums(
             student_loss, fake_loss, factors, STUDENT, FAKE,
         )  # fmt: skip
     else:
-        at = workspace + (b * tl.num_programs(0) + tl.program_id(0)) * 4
+        at = workspace + tl.program_id(0) * 4
         tl.store(at, absolute)
         tl.store(at + 1, student)
         tl.store(at + 2, error)
@@ -161,12 +162,12 @@ def _write(
 @triton.jit
 def gradients(
     images, y_real, y_fake, factors, student_gradient, fake_gradient, fake_weight, student_scale, fake_scale,
-    d_images, d_real, d_fake, d_fake_error, batch, size, alpha,
+    d_images, d_real, d_fake, d_fake_error, batch, size, blocks, alpha,
     BLOCK: tl.constexpr, STUDENT: tl.constexpr, FAKE: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """One read, one write of what is wanted; the losses' gradients are (B,) tensors, or the scales alone."""
-    b = tl.program_id(1)
-    first = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b = tl.program_id(0) // blocks
+    first = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     at = b.to(tl.int64) * size + first
     mask = first < size
     x, real, fake = _read(images, y_real, y_fake, at, mask, STUDENT)

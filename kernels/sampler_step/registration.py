@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -9,21 +10,23 @@ from torch import Tensor
 
 from ..device import device_of, interpreting
 from ..launch import run
+from ..tags import TAGS
 from . import reference
 from .launches import dense_like, launches_forward, launches_noise, readable
 
 OptionalTensor: TypeAlias = Tensor | None
 
 _library = torch.library.Library("sign_fast", "FRAGMENT")
-_library.define(
+_define = partial(_library.define, tags=TAGS)
+_define(
     "philox_normal(Tensor seeds, SymInt step, SymInt[] shape, float scale, ScalarType dtype, bool channels_last) "
     "-> Tensor"
 )
-_library.define(
+_define(
     "sampler_step(Tensor x, Tensor? network_output, Tensor? c_skip, Tensor? c_out, Tensor? seeds, SymInt step, "
     "Tensor? scale, Tensor? sigma) -> Tensor"
 )
-_library.define("finish_images(Tensor x, Tensor? network_output, Tensor? c_skip, Tensor? c_out) -> Tensor")
+_define("finish_images(Tensor x, Tensor? network_output, Tensor? c_skip, Tensor? c_out) -> Tensor")
 
 
 def _fake_normal(

@@ -216,3 +216,58 @@ def test_second_derivatives():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.ones(2, 12, 8))
+
+
+def test_first_derivatives_of_arguments_that_depend_on_each_other():
+    x = torch.randn(2, 2, 8, 16, requires_grad=True)
+    for arguments in ((x, x, x), (x, 2 * x, x.sin())):
+        (got,) = torch.autograd.grad(functional.attention(*arguments).square().sum(), x, create_graph=True)
+        (want,) = torch.autograd.grad(reference.attention(*arguments).square().sum(), x)
+        assert torch.allclose(got, want, atol=1e-5)
+
+
+def test_second_derivatives_where_some_arguments_want_none():
+    q, k, v = torch.randn(3, 1, 2, 6, 8)
+    q.requires_grad_()
+    (first,) = torch.autograd.grad(functional.attention(q, k, v).sin().sum(), q, create_graph=True)
+    (got,) = torch.autograd.grad(first.square().sum(), q)
+    wide = q.detach().double().requires_grad_()
+    (first,) = torch.autograd.grad(
+        reference.attention(wide, k.double(), v.double()).sin().sum(), wide, create_graph=True
+    )
+    (want,) = torch.autograd.grad(first.square().sum(), wide)
+    assert torch.allclose(got.double(), want, atol=1e-5)
+
+
+def test_no_tokens():
+    assert functional.attention(*torch.empty(3, 2, 0, 8).requires_grad_()).shape == (2, 0, 8)
+    qkv = torch.empty(2, 24, 0, 4, requires_grad=True)
+    y = functional.projected_attention(qkv, 2)
+    assert y.shape == (2, 8, 0, 4)
+    assert torch.autograd.grad(y.sum(), qkv)[0].shape == qkv.shape
+
+
+def test_forward_mode_and_function_transforms():
+    q, k, v, t = torch.randn(4, 2, 6, 8)
+
+    def run(q):
+        return functional.attention(q, k, v)
+
+    _, tangent = torch.func.jvp(run, (q,), (t,))
+    eps = 1e-3
+    wide = [x.double() for x in (q, k, v, t)]
+    numeric = (
+        reference.attention(wide[0] + eps * wide[3], wide[1], wide[2])
+        - reference.attention(wide[0] - eps * wide[3], wide[1], wide[2])
+    ) / (2 * eps)
+    assert torch.allclose(tangent.double(), numeric, atol=1e-4) and tangent.abs().max() > 0.01
+    leaf = q.clone().requires_grad_()
+    got = torch.func.grad(lambda q: run(q).square().sum())(q)
+    assert torch.allclose(got, torch.autograd.grad(run(leaf).square().sum(), leaf)[0], atol=1e-5)
+
+
+def test_autocast_does_not_narrow_the_plain_form():
+    q, k, v = torch.randn(3, 2, 16, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = reference.attention(q, k, v)
+    assert torch.equal(inside, reference.attention(q, k, v))

@@ -173,11 +173,67 @@ def test_empty_batches_and_single_values():
         (lambda x, s: functional.distribution_matching_loss(x, x[:1], x), "must agree"),
         (lambda x, s: functional.distill_losses(x, x, x, s[:1]), "sigma must hold 2 values, not 1"),
         (lambda x, s: functional.distill_loss_gradients(x, x, x[:1], s), "must agree"),
+        (lambda x, s: functional.distill_losses(x, x, x.to("meta"), s), "y_fake is on meta, the rest on cpu"),
+        (lambda x, s: functional.distill_losses(x, x, x, s.to("meta")), "sigma is on meta, the rest on cpu"),
     ],
 )
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.ones(2, 3, 4, 4), torch.ones(2))
+
+
+def test_an_infinite_student_loss_that_is_not_used_leaves_the_fake_loss_alone():
+    for change in ("y_real", "weight"):
+        case = cases.make((3, 2, 4, 4), torch.float32, weighted=True)
+        if change == "weight":
+            case.weight[1] = torch.inf
+        else:
+            case.tensors["y_real"][1, 0, 0, 0] = torch.inf
+        one = case.to()
+        _, fake = functional.distill_losses(*one.tensors.values(), one.sigma, weight=one.weight)
+        (got,) = torch.autograd.grad(fake.sum(), one.tensors["y_fake"])
+        (want,) = torch.autograd.grad(cases.plain_fake(one).sum(), one.tensors["y_fake"])
+        assert torch.allclose(got, want, rtol=1e-5)
+
+
+def test_gradients_of_the_weights():
+    for dtype in (torch.float32, torch.float64):
+        case = cases.make((3, 2, 4, 4), torch.float32, weighted=True).to(dtype)
+        weight, sigma = case.weight.clone().requires_grad_(), case.sigma.clone().requires_grad_()
+        student = functional.sid_generator_loss(*case.tensors.values(), weight=weight)
+        fake = functional.fake_score_loss(case.tensors["y_fake"], case.tensors["images"], sigma)
+        d_weight, d_sigma = torch.autograd.grad(student.sum() + fake.sum(), (weight, sigma))
+        assert torch.allclose(d_weight, student / weight, rtol=1e-4)
+        slope = -2 * sigma**-3 / (sigma**-2 + 4)
+        assert torch.allclose(d_sigma, fake * slope, rtol=1e-4)
+
+
+def test_small_noise_levels_in_half_precision():
+    x = torch.randn(2, 8)
+    sigma = torch.tensor([0.002, 1.0])
+    got = functional.fake_score_loss(x, x + 1, sigma.half())
+    assert torch.allclose(got, functional.fake_score_loss(x, x + 1, sigma.half().float())) and got.isfinite().all()
+
+
+def test_samples_of_one_value():
+    x = torch.tensor([0.5, -1.0])
+    for dtype in (torch.float32, torch.float64):
+        got = functional.sid_generator_loss(x.to(dtype), 2 * x.to(dtype), 3 * x.to(dtype))
+        assert torch.allclose(got, torch.tensor([-1.1, -2.2]).to(dtype))
+
+
+def test_forward_mode_and_function_transforms():
+    case = cases.make((2, 2, 3, 3), torch.float32)
+    images, y_real, y_fake = case.tensors.values()
+    tangent = torch.randn_like(y_fake)
+
+    def loss(y_fake):
+        return functional.sid_generator_loss(images, y_real, y_fake).sum()
+
+    leaf = y_fake.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(leaf), leaf)
+    assert torch.allclose(torch.func.jvp(loss, (y_fake,), (tangent,))[1], (gradient * tangent).sum(), rtol=1e-4)
+    assert torch.allclose(torch.func.grad(loss)(y_fake), gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_mixed_dtypes_take_the_plain_form():
