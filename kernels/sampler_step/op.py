@@ -10,7 +10,7 @@ from torch._prims_common import suggest_memory_format
 
 from .. import extension
 from ..device import interpreting, supports_triton
-from ..dispatch import Reason, fall_back, taken
+from ..dispatch import TRANSFORMED, Reason, fall_back, taken, transformed
 from . import reference
 from .launches import launches_forward, launches_noise, shape_reason
 from .registration import OptionalTensor, call
@@ -47,6 +47,8 @@ def supports(device: Tensor, elements: int, *dtypes: torch.dtype, noise: bool = 
 
 
 def _supports(x: Tensor, *others: Tensor | float | None, noise: bool = False) -> Reason | None:
+    if not torch.compiler.is_compiling() and transformed():
+        return TRANSFORMED
     tensors = [t for t in others if isinstance(t, Tensor)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors)):
         return _GRADIENTS

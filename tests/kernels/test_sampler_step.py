@@ -277,3 +277,10 @@ def test_without_the_extension_it_warns_once_and_the_operators_work():
     assert done.stderr.count("SlowPathWarning") == 1 and "sampler_step" in done.stderr
     want = reference.philox_normal(torch.tensor([-1]), 2, (3, 4, 4), 1.0, torch.float32, True).double().sum()
     assert float(done.stdout) == float(want)
+
+
+def test_forward_mode():
+    x, f, t = torch.randn(3, 2, 3, 4, 4)
+    c = torch.rand(2)
+    _, tangent = torch.func.jvp(lambda x: functional.sampler_step(x, f, c, c), (x,), (t,))
+    assert torch.allclose(tangent, c.view(2, 1, 1, 1) * t)
