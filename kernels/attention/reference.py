@@ -9,8 +9,11 @@ from torch import Tensor
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q, k, v (…, T, d) -> (…, T, d)."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    with torch.autocast(q.device.type, enabled=False):  # it would take the products out of float32
-        return _attention(q, k, v, wide)
+    kind = q.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):  # it would take the products out of float32
+            return _attention(q, k, v, wide)
+    return _attention(q, k, v, wide)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, wide: torch.dtype) -> Tensor:
