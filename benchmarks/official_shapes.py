@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from sign_fast import functional, models
 from sign_fast.models.presets import preset_names
@@ -74,14 +75,16 @@ def calls(preset: str) -> Counter[Norm | Attention]:
     kept: list[Tensor] = []  # so that no identity is used twice
     names = ("group_norm_silu", "residual_group_norm_silu", "projected_attention")
     real = {name: getattr(functional, name) for name in names}
-    cat = torch.cat
 
-    def concatenated(tensors: Any, dim: int = 0) -> Tensor:
-        whole = cat(tensors, dim)
-        if whole.ndim == 4 and dim == 1:
-            kept.append(whole)
-            parts[id(whole)] = tuple(t.shape[1] for t in tensors)
-        return whole
+    class Concatenations(TorchFunctionMode):
+        """Remembers what a tensor was concatenated from."""
+
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            if function is torch.cat and result.ndim == 4:
+                kept.append(result)
+                parts[id(result)] = tuple(t.shape[1] for t in args[0])
+            return result
 
     def group_norm_silu(x: Any, num_groups: int, *rest: Any, **named: Any) -> Tensor:
         pieces = tuple(t.shape[1] for t in x) if isinstance(x, tuple) else parts.get(id(x), (x.shape[1],))
@@ -107,7 +110,7 @@ def calls(preset: str) -> Counter[Norm | Attention]:
     with ExitStack() as stack:
         for name, replacement in zip(names, replacements, strict=True):
             stack.enter_context(patch.object(functional, name, replacement))
-        stack.enter_context(patch.object(torch, "cat", concatenated))
+        stack.enter_context(Concatenations())
         stack.enter_context(torch.device("meta"))
         stack.enter_context(torch.no_grad())
         net = models.create(preset).eval()
