@@ -13,6 +13,8 @@ from ..dispatch import Reason
 from ..launch import Launch
 from .config import MAX_GROUP_CHANNELS, Call, Plan, plan, power_of_two
 
+LARGEST = 2**31 - 2**16  # offsets within a sample are int32, and those of masked lanes must not wrap around either
+
 
 def dense(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=suggest_memory_format(x))
@@ -34,8 +36,10 @@ def shape_reason(x: Tensor, x2: Tensor | None, num_groups: int) -> Reason | None
     channels = x.shape[1] + (0 if x2 is None else x2.shape[1])
     if channels // num_groups > MAX_GROUP_CHANNELS:
         return Reason(f"a group of {channels // num_groups} channels is wider than {MAX_GROUP_CHANNELS}")
-    if channels * x.shape[2] * x.shape[3] >= 2**31:
-        return Reason("one sample has 2³¹ elements or more")
+    if channels * x.shape[2] * x.shape[3] >= LARGEST:
+        return Reason("one sample has 2³¹ − 2¹⁶ elements or more")
+    if 3 * x.shape[0] * channels >= 2**31:
+        return Reason("samples times channels are 2³¹/3 or more")
     return None
 
 
@@ -48,6 +52,8 @@ def _strides(x: Tensor) -> tuple[int, int, int] | None:
         return None
     if x.shape[2] * x.shape[3] == 1:
         pixel = x.shape[1]
+    if (x.shape[1] - 1) * channel + (x.shape[2] * x.shape[3] - 1) * pixel >= LARGEST:
+        return None
     return (batch, pixel, channel) if 1 in (pixel, channel) or x.shape[1] == 1 else None
 
 
@@ -68,8 +74,10 @@ def _row(t: Tensor | None) -> int:
 
 
 def rows(t: Tensor | None) -> Tensor | None:
-    """t with neighbouring channels next to each other, copied only if they are not."""
-    return t if t is None or t.shape[-1] == 1 or t.stride(-1) == 1 else t.contiguous()
+    """t with neighbouring channels next to each other, copied only if they are not or rows lie too far apart."""
+    if t is None or ((t.shape[-1] == 1 or t.stride(-1) == 1) and t.shape[0] * t.stride(0) < LARGEST):
+        return t
+    return t.contiguous()
 
 
 def _channels_last(x: Tensor) -> bool:
