@@ -22,7 +22,7 @@ from ..device import Device
 
 MAX_GROUP_CHANNELS = 8192  # a wider group's channels alone would fill a program's registers
 SPANS = 64  # of a split sample at most: every program adds all of them up
-MEMBERS = 8192  # channels × groups of a bundle, which a sum over groups spreads out in registers
+MEMBERS = 4096  # channels × groups of a bundle, which a sum over groups spreads out in registers
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ def _bundles(call: Call) -> list[int]:
     def multiples(unit: int) -> list[int]:
         widths = [unit * n for n in range(1, call.channels // unit + 1) if call.channels // unit % n == 0]
         # a group of one channel needs no such table, but the channels' coefficients take registers, too
-        return [w for w in widths if power_of_two(w) * (8 if group == 1 else power_of_two(w // group)) <= MEMBERS]
+        fit = [w for w in widths if power_of_two(w) * (4 if group == 1 else power_of_two(w // group)) <= MEMBERS]
+        return fit or widths[:1]
 
     if not call.channels_last:
         return multiples(group)
