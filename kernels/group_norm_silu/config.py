@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 from ..device import Device
@@ -111,9 +112,13 @@ def _bundles(call: Call) -> list[int]:
 
 def plan(call: Call, device: Device) -> Plan:
     """The launch configuration of one forward or backward call on `device`."""
-    tuned = TUNED.get(device.name, {}).get(replace(call, batch=0))
-    if tuned is not None:
-        return tuned
+    tuned = TUNED.get(device.name)
+    found = tuned.get(replace(call, batch=0)) if tuned else None
+    return found or _rule(call, device)
+
+
+@lru_cache(maxsize=4096)
+def _rule(call: Call, device: Device) -> Plan:
     widths = _bundles(call)
     line = 128 // call.itemsize  # more than a cache line a pixel brings nothing
     enough = 2 * device.multiprocessors
