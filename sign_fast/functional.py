@@ -27,15 +27,30 @@ def _check(condition: bool, message: str) -> None:
 
 
 def _is_silu(activation: str | None) -> bool:
-    _check(activation in ("silu", None), f"activation must be 'silu' or None, not {activation!r}")
+    if activation not in ("silu", None):
+        raise ValueError(f"activation must be 'silu' or None, not {activation!r}")
     return activation == "silu"
 
 
+def _together(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype that torch.cat or + would give, which under autocast may be that of one of them."""
+    if a.device != b.device:
+        raise ValueError(f"tensors must be on one device, not on {a.device} and {b.device}")
+    if a.dtype == b.dtype:
+        return a, b
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return a.to(dtype), b.to(dtype)
+
+
 def _check_groups(
-    shape: tuple[int, ...], num_groups: int, vectors: tuple[Tensor | None, ...], rows: tuple[Tensor | None, ...] = ()
+    x: Tensor,
+    channels: int,
+    num_groups: int,
+    vectors: tuple[Tensor | None, ...],
+    rows: tuple[Tensor | None, ...] = (),
 ) -> None:
-    """shape (B, C, H, W); vectors (C,) each; rows (B, C) or (1, C) each."""
-    batch, channels = shape[:2]
+    """x (B, ·, H, W); vectors (channels,) each; rows (B, channels) or (1, channels) each, on x's device."""
+    batch, device = x.shape[0], x.device
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"{channels} channels do not divide into {num_groups} groups")
     for t in vectors:
@@ -46,6 +61,9 @@ def _check_groups(
             raise ValueError(
                 f"emb, scale and shift must be ({batch}, {channels}) or (1, {channels}), not {tuple(t.shape)}"
             )
+    for t in (*vectors, *rows):
+        if t is not None and t.device != device:
+            raise ValueError(f"tensors must be on one device, not on {device} and {t.device}")
 
 
 def group_norm_silu(
@@ -64,8 +82,8 @@ def group_norm_silu(
     """silu(norm(x + emb + input_bias)·(1 + scale) + shift): GroupNorm (Wu & He 2018) and its surroundings.
 
     Args:
-        x: (B, C, H, W), or a pair (B, C1, H, W), (B, C2, H, W) of one dtype that is read as its concatenation over the
-            channels, C = C1 + C2, without making one.
+        x: (B, C, H, W), or a pair (B, C1, H, W), (B, C2, H, W) that is read as its concatenation over the channels,
+            C = C1 + C2, without making one; of two dtypes the wider, as torch.cat.
         num_groups: divides C; statistics are taken in float32 over C/num_groups channels and all pixels.
         weight, bias: (C,) affine of the norm, or None.
         eps: added to the variance.
@@ -77,7 +95,7 @@ def group_norm_silu(
         (B, C, H, W) in x's dtype and memory format (of a pair: the first one's).
 
     Raises:
-        ValueError: a shape does not fit, the dtypes of a pair differ, or the activation is unknown.
+        ValueError: a shape does not fit, tensors are on different devices, or the activation is unknown.
     """
     silu = _is_silu(activation)
     first, second = (x, None) if isinstance(x, Tensor) else x
@@ -87,10 +105,9 @@ def group_norm_silu(
     if second is not None:
         if second.ndim != 4 or second.shape[::2] != first.shape[::2] or second.shape[3] != first.shape[3]:
             raise ValueError(f"a pair must agree but for C, not {tuple(first.shape)} and {tuple(second.shape)}")
-        if second.dtype != first.dtype:
-            raise ValueError(f"a pair must have one dtype, not {first.dtype} and {second.dtype}")
         channels += second.shape[1]
-    _check_groups((first.shape[0], channels), num_groups, (weight, bias, input_bias), (emb, scale, shift))
+        first, second = _together(first, second)
+    _check_groups(first, channels, num_groups, (weight, bias, input_bias), (emb, scale, shift))
     return _group_norm_silu.group_norm_silu(
         first, second, num_groups, weight, bias, eps, emb, input_bias, scale, shift, silu
     )
@@ -111,22 +128,24 @@ def residual_group_norm_silu(
     """r = (h + bias + skip)·skip_scale and y = silu(norm(r)): the residual join and the norm that follows it.
 
     Args:
-        h, skip: (B, C, H, W), equal shapes.
+        h, skip: (B, C, H, W), equal shapes; of two dtypes the wider, as h + skip.
         bias: (C,) added to h (a convolution's bias), or None.
         skip_scale: a number, √½ or 1 in the published networks.
         num_groups, weight, norm_bias, eps, activation: as in `group_norm_silu`.
 
     Returns:
-        (r, y), both (B, C, H, W) in h's dtype.
+        (r, y), both (B, C, H, W) in the dtype of h + skip and h's memory format.
 
     Raises:
-        ValueError: a shape does not fit, or the activation is unknown.
+        ValueError: a shape does not fit, tensors are on different devices, or the activation is unknown.
     """
     silu = _is_silu(activation)
-    _check(h.shape == skip.shape, f"h {tuple(h.shape)} and skip {tuple(skip.shape)} must have one shape")
-    _check(h.ndim == 4, f"h must be (B, C, H, W), not {tuple(h.shape)}")
-    _check(h.dtype == skip.dtype, f"h and skip must have one dtype, not {h.dtype} and {skip.dtype}")
-    _check_groups(tuple(h.shape), num_groups, (bias, weight, norm_bias))
+    if h.shape != skip.shape:
+        raise ValueError(f"h {tuple(h.shape)} and skip {tuple(skip.shape)} must have one shape")
+    if h.ndim != 4:
+        raise ValueError(f"h must be (B, C, H, W), not {tuple(h.shape)}")
+    h, skip = _together(h, skip)
+    _check_groups(h, h.shape[1], num_groups, (bias, weight, norm_bias))
     return _group_norm_silu.residual_group_norm_silu(
         h, skip, bias, skip_scale, num_groups, weight, norm_bias, eps, silu
     )

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 from ..device import Device
 
 MAX_GROUP_CHANNELS = 8192  # a wider group's channels alone would fill a program's registers
 SPANS = 64  # of a split sample at most: every program adds all of them up
+MEMBERS = 4096  # channels × groups of a bundle, which a sum over groups spreads out in registers
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,13 @@ def _tile_cap(call: Call) -> int:
     return 16384 if heavy else 32768
 
 
-def _tile_warps(call: Call, elements: int) -> int:
-    """32 elements a thread; in float32 backward at most 8 warps, whose threads may have twice the registers."""
-    return _warps(elements, 32, 8 if call.backward and call.itemsize == 4 else 16)
+def _tile_warps(call: Call, block: int, pixels: int) -> int:
+    """32 elements a thread, 16 where the channels' own coefficients take registers as well.
+
+    In float32 backward at most 8 warps, whose threads may have twice the registers.
+    """
+    per_thread = 16 if block >= 16 * pixels else 32
+    return _warps(block * pixels, per_thread, 8 if call.backward and call.itemsize == 4 else 16)
 
 
 def _warps(elements: int, per_thread: int, most: int) -> int:
@@ -85,23 +91,34 @@ def _warps(elements: int, per_thread: int, most: int) -> int:
 def _bundles(call: Call) -> list[int]:
     """Widths to choose from, narrowest first."""
     group = call.channels // call.groups
+
+    def multiples(unit: int) -> list[int]:
+        widths = [unit * n for n in range(1, call.channels // unit + 1) if call.channels // unit % n == 0]
+        # a group of one channel needs no such table, but the channels' coefficients take registers, too
+        fit = [w for w in widths if power_of_two(w) * (4 if group == 1 else power_of_two(w // group)) <= MEMBERS]
+        return fit or widths[:1]
+
     if not call.channels_last:
-        return [group * n for n in range(1, call.groups + 1) if call.groups % n == 0]
+        return multiples(group)
     unit = group
     if call.channels * call.itemsize % 16 == 0:
         unit = math.lcm(group, 16 // call.itemsize)
         if unit > 512:  # odd, wide groups: narrower accesses cost less than such a bundle
             unit = group
-    widths = [unit * n for n in range(1, call.channels // unit + 1) if call.channels // unit % n == 0]
+    widths = multiples(unit)
     wide = [width for width in widths if width * call.itemsize >= 32]
     return wide or widths[-1:]
 
 
 def plan(call: Call, device: Device) -> Plan:
     """The launch configuration of one forward or backward call on `device`."""
-    tuned = TUNED.get(device.name, {}).get(replace(call, batch=0))
-    if tuned is not None:
-        return tuned
+    tuned = TUNED.get(device.name)
+    found = tuned.get(replace(call, batch=0)) if tuned else None
+    return found or _rule(call, device)
+
+
+@lru_cache(maxsize=4096)
+def _rule(call: Call, device: Device) -> Plan:
     widths = _bundles(call)
     line = 128 // call.itemsize  # more than a cache line a pixel brings nothing
     enough = 2 * device.multiprocessors
@@ -117,7 +134,7 @@ def plan(call: Call, device: Device) -> Plan:
         # the widest that leaves two programs for every multiprocessor
         good = [w for w in fitting if programs(w) >= enough and (w <= line or not call.channels_last)]
         width = good[-1] if good else fitting[0]
-        warps = _tile_warps(call, power_of_two(width) * pixels)
+        warps = _tile_warps(call, power_of_two(width), pixels)
         return Plan("tile", width, power_of_two(width), pixels, call.pixels, warps)
 
     width = widths[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from ..device import Device
 from ..dispatch import Reason
 from ..launch import Launch
 from .config import MAX_GROUP_CHANNELS, Call, Plan, plan, power_of_two
+
+LARGEST = 2**31 - 2**16  # offsets within a sample are int32, and those of masked lanes must not wrap around either
 
 
 def dense(x: Tensor) -> Tensor:
@@ -34,21 +37,31 @@ def shape_reason(x: Tensor, x2: Tensor | None, num_groups: int) -> Reason | None
     channels = x.shape[1] + (0 if x2 is None else x2.shape[1])
     if channels // num_groups > MAX_GROUP_CHANNELS:
         return Reason(f"a group of {channels // num_groups} channels is wider than {MAX_GROUP_CHANNELS}")
-    if channels * x.shape[2] * x.shape[3] >= 2**31:
-        return Reason("one sample has 2³¹ elements or more")
+    if channels * x.shape[2] * x.shape[3] >= LARGEST:
+        return Reason("one sample has 2³¹ − 2¹⁶ elements or more")
+    if 3 * x.shape[0] * channels >= 2**31:
+        return Reason("samples times channels are 2³¹/3 or more")
     return None
+
+
+@lru_cache(maxsize=4096)
+def _steps(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int, int] | None:
+    _, channels, height, width = shape
+    batch, channel, row, pixel = strides
+    if width == 1:
+        pixel = row
+    elif height > 1 and row != width * pixel:
+        return None
+    if height * width == 1:
+        pixel = channels
+    if (channels - 1) * channel + (height * width - 1) * pixel >= LARGEST:
+        return None
+    return (batch, pixel, channel) if 1 in (pixel, channel) or channels == 1 else None
 
 
 def _strides(x: Tensor) -> tuple[int, int, int] | None:
     """(batch, pixel, channel) strides where one stride steps from pixel to pixel, else None."""
-    batch, channel, row, pixel = x.stride()
-    if x.shape[3] == 1:
-        pixel = row
-    elif x.shape[2] > 1 and row != x.shape[3] * pixel:
-        return None
-    if x.shape[2] * x.shape[3] == 1:
-        pixel = x.shape[1]
-    return (batch, pixel, channel) if 1 in (pixel, channel) or x.shape[1] == 1 else None
+    return _steps(x.shape, x.stride())
 
 
 def readable(x: Tensor) -> Tensor:
@@ -56,10 +69,16 @@ def readable(x: Tensor) -> Tensor:
     return x if _strides(x) is not None else dense(x)
 
 
+@lru_cache(maxsize=4096)
+def _names(prefix: str, strides: tuple[int, int, int]) -> dict[str, int]:
+    return dict(zip((f"{prefix}_batch", f"{prefix}_pixel", f"{prefix}_channel"), strides, strict=True))
+
+
 def _named(prefix: str, x: Tensor | None) -> dict[str, int]:
+    """Strides as arguments; shared, not to be changed."""
     strides = (0, 0, 0) if x is None else _strides(x)
     assert strides is not None, "readable() comes first"
-    return dict(zip((f"{prefix}_batch", f"{prefix}_pixel", f"{prefix}_channel"), strides, strict=True))
+    return _names(prefix, strides)
 
 
 def _row(t: Tensor | None) -> int:
@@ -68,8 +87,10 @@ def _row(t: Tensor | None) -> int:
 
 
 def rows(t: Tensor | None) -> Tensor | None:
-    """t with neighbouring channels next to each other, copied only if they are not."""
-    return t if t is None or t.shape[-1] == 1 or t.stride(-1) == 1 else t.contiguous()
+    """t with neighbouring channels next to each other, copied only if they are not or rows lie too far apart."""
+    if t is None or ((t.shape[-1] == 1 or t.stride(-1) == 1) and t.shape[0] * t.stride(0) < LARGEST):
+        return t
+    return t.contiguous()
 
 
 def _channels_last(x: Tensor) -> bool:
@@ -77,52 +98,46 @@ def _channels_last(x: Tensor) -> bool:
     return strides is not None and strides[2] == 1
 
 
+_call = lru_cache(maxsize=4096)(Call)
+
+
 class _Shape:
     """What every launch of one call shares."""
 
-    def __init__(self, x: Tensor, x2: Tensor | None, num_groups: int, device: Device, backward: bool, joins: bool):
-        self.batch, self.first_channels = x.shape[:2]
-        self.channels = self.first_channels + (0 if x2 is None else x2.shape[1])
-        self.pixels = x.shape[2] * x.shape[3]
-        self.group_channels = self.channels // num_groups
-        self.pair = x2 is not None
-        layout = _channels_last(x)
-        call = Call(
-            self.batch, self.channels, self.pixels, num_groups, x.element_size(), layout, backward, joins, self.pair
-        )
-        self.plan: Plan = plan(call, device)
-        self.bundles = -(-self.channels // self.plan.bundle)
-        self.spans = -(-self.pixels // self.plan.span)
-
-    def arguments(self) -> dict[str, int]:
-        return {
-            "bundles": self.bundles,
-            "channels": self.channels,
-            "first_channels": self.first_channels,
-            "pixels": self.pixels,
+    def __init__(self, call: Call, first_channels: int, chosen: Plan):
+        self.batch, self.channels, self.plan = call.batch, call.channels, chosen
+        bundles = -(-call.channels // chosen.bundle)
+        self.spans = -(-call.pixels // chosen.span)
+        programs = call.batch * bundles
+        self.grid: tuple[int, ...] = (programs, self.spans) if chosen.strategy == "split" else (programs,)
+        self.arguments = {
+            "bundles": bundles,
+            "channels": call.channels,
+            "first_channels": first_channels,
+            "pixels": call.pixels,
         }
-
-    def span_arguments(self) -> dict[str, int]:
-        return self.arguments() | {"span": self.plan.span}
-
-    def constants(self, *, groups: bool = True, **others: bool | int) -> dict[str, bool | int]:
-        common: dict[str, bool | int] = {
-            "GROUP_CHANNELS": self.group_channels,
-            "BUNDLE": self.plan.bundle,
-            "BLOCK_C": self.plan.block_channels,
-            "BLOCK_P": self.plan.block_pixels,
-            "EVEN_P": self.pixels % self.plan.block_pixels == 0,
-            "EVEN_C": self.plan.bundle == self.plan.block_channels and self.channels % self.plan.bundle == 0,
-            "PAIR": self.pair,
+        self.span_arguments = self.arguments | {"span": chosen.span}
+        self.constants: dict[str, bool | int] = {
+            "GROUP_CHANNELS": call.channels // call.groups,
+            "BUNDLE": chosen.bundle,
+            "BLOCK_C": chosen.block_channels,
+            "BLOCK_P": chosen.block_pixels,
+            "EVEN_P": call.pixels % chosen.block_pixels == 0,
+            "EVEN_C": chosen.bundle == chosen.block_channels and call.channels % chosen.bundle == 0,
+            "PAIR": call.pair,
         }
-        if groups:
-            common["BLOCK_G"] = power_of_two(self.plan.bundle // self.group_channels)
-        return common | others
+        self.group_constants = self.constants | {"BLOCK_G": power_of_two(chosen.bundle * call.groups // call.channels)}
 
-    @property
-    def grid(self) -> tuple[int, ...]:
-        programs = self.batch * self.bundles
-        return (programs, self.spans) if self.plan.strategy == "split" else (programs,)
+
+_shape = lru_cache(maxsize=4096)(_Shape)
+
+
+def _shape_of(x: Tensor, x2: Tensor | None, num_groups: int, device: Device, backward: bool, joins: bool) -> _Shape:
+    batch, first, height, width = x.shape
+    channels, pair = (first, False) if x2 is None else (first + x2.shape[1], True)
+    layout = _channels_last(x)
+    call = _call(batch, channels, height * width, num_groups, x.element_size(), layout, backward, joins, pair)
+    return _shape(call, first, plan(call, device))
 
 
 def launches_forward(
@@ -149,7 +164,7 @@ def launches_forward(
     """Forward launches into y, stats and (residual form: skip given) r; every tensor `readable`, rows by `rows`."""
     from . import triton_kernels as kernels
 
-    shape = _Shape(x, x2, num_groups, device, False, skip is not None)
+    shape = _shape_of(x, x2, num_groups, device, False, skip is not None)
     geometry = {**_named("x", x), **_named("x2", x2), **_named("y", y)}
     statistics = {"emb": emb, "input_bias": input_bias, "emb_row": _row(emb)}
     joined = {"skip": skip, "r": r, "join_bias": join_bias, "skip_scale": skip_scale}
@@ -165,16 +180,16 @@ def launches_forward(
     join, warps = skip is not None, shape.plan.num_warps
     if shape.plan.strategy != "split":
         kernel = kernels.forward_tile if shape.plan.strategy == "tile" else kernels.forward_loop
-        arguments = {**every, **joined, **affine, **shape.arguments(), "y": y, "stats": stats, "eps": eps}
-        return [Launch(kernel, shape.grid, arguments, shape.constants(JOIN=join, SILU=silu), warps)]
+        arguments = {**every, **joined, **affine, **shape.arguments, "y": y, "stats": stats, "eps": eps}
+        return [Launch(kernel, shape.grid, arguments, shape.group_constants | {"JOIN": join, "SILU": silu}, warps)]
 
     workspace = torch.empty((shape.batch, shape.spans, num_groups, 3), dtype=torch.float32, device=x.device)
-    every |= shape.span_arguments()
+    every |= shape.span_arguments
     first = Launch(
         kernels.forward_partial,
         shape.grid,
         {**every, **joined, "workspace": workspace},
-        shape.constants(JOIN=join),
+        shape.group_constants | {"JOIN": join},
         warps,
     )
     if r is not None:  # the second launch reads the stream that the first one wrote
@@ -183,7 +198,7 @@ def launches_forward(
         kernels.forward_apply,
         shape.grid,
         {**every, **affine, "y": y, "stats": stats, "workspace": workspace, "spans": shape.spans, "eps": eps},
-        shape.constants(groups=False, BLOCK_S=power_of_two(shape.spans), SILU=silu),
+        shape.constants | {"BLOCK_S": power_of_two(shape.spans), "SILU": silu},
         warps,
     )
     return [first, second]
@@ -214,7 +229,7 @@ def launches_backward(
     """Backward launches into dx, dx2 and sums (3, B, C); dy and stream share their strides."""
     from . import triton_backward as kernels
 
-    shape = _Shape(x, x2, num_groups, device, True, stream is not None)
+    shape = _shape_of(x, x2, num_groups, device, True, stream is not None)
     arguments: dict[str, Any] = {
         "dy": dy,
         "x": x,
@@ -245,21 +260,19 @@ def launches_backward(
     warps, plane = shape.plan.num_warps, shape.batch * shape.channels
     if shape.plan.strategy != "split":
         kernel = kernels.backward_tile if shape.plan.strategy == "tile" else kernels.backward_loop
-        arguments |= {**result, **shape.arguments(), "sums": sums, "plane": plane}
-        return [Launch(kernel, shape.grid, arguments, shape.constants(**constants), warps)]
+        arguments |= {**result, **shape.arguments, "sums": sums, "plane": plane}
+        return [Launch(kernel, shape.grid, arguments, shape.group_constants | constants, warps)]
 
     spans = shape.spans
     workspace = torch.empty((3, shape.batch, spans, shape.channels), dtype=torch.float32, device=x.device)
-    arguments |= {**shape.span_arguments(), "workspace": workspace, "plane": plane * spans}
+    arguments |= {**shape.span_arguments, "workspace": workspace, "plane": plane * spans}
     block_s = power_of_two(spans)
-    first = Launch(
-        kernels.backward_partial, shape.grid, dict(arguments), shape.constants(groups=False, SILU=silu), warps
-    )
+    first = Launch(kernels.backward_partial, shape.grid, dict(arguments), shape.constants | {"SILU": silu}, warps)
     second = Launch(
         kernels.backward_apply,
         shape.grid,
         {**arguments, **result, "spans": spans},
-        shape.constants(BLOCK_S=block_s, **constants),
+        shape.group_constants | {"BLOCK_S": block_s} | constants,
         warps,
     )
     kinds = 3 if input_sum else 2

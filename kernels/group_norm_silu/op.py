@@ -119,16 +119,18 @@ class _ResidualGroupNormSilu(torch.autograd.Function):
     def backward(ctx: Any, dr: OptionalTensor, dy: OptionalTensor) -> tuple[Any, ...]:
         r, stats, weight, norm_bias, bias = ctx.saved_tensors
         _, _, for_bias, _, _, for_weight, for_norm_bias, _, _ = ctx.needs_input_grad
+        if dy is None:  # only r was used: nothing goes through the norm
+            dh = None if dr is None else dr * ctx.skip_scale
+            total = None if dr is None or not for_bias else dr.sum((0, 2, 3), dtype=torch.float32) * ctx.skip_scale
+            return dh, dh, _vector_gradient(total, bias, for_bias), *[None] * 6
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # as the norm of r: r, an output, leads on to h, skip and bias
             arguments = (r, None, ctx.num_groups, weight, norm_bias, ctx.eps, None, None, None, None, ctx.silu)
             needs = (True, False, False, for_weight, for_norm_bias, *[False] * 6)
-            zero = torch.zeros_like(r) if dy is None else dy
-            found = _differentiable_backward(reference.group_norm_silu, arguments, needs, zero)
+            found = _differentiable_backward(reference.group_norm_silu, arguments, needs, dy)
             dh = (found[0] if dr is None else found[0] + dr) * ctx.skip_scale
             dbias = dh.sum((0, 2, 3)) if for_bias else None
             return dh, dh, dbias, None, None, found[3], found[4], None, None
-        dy = torch.zeros_like(r) if dy is None else dy
         dh, _, sums = call(
             "group_norm_silu_backward",
             dy,

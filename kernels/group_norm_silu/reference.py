@@ -44,14 +44,17 @@ def group_norm_silu(
     silu: bool = True,
 ) -> Tensor:
     wide = _wide(x)
-    y = _input(x, x2, emb, input_bias)
-    if y.device.type == "cpu" and not y.is_contiguous():
-        # torch's channels_last CPU norm takes E[x²] − E[x]², which a large mean ruins; the norm does not see a shift
-        mean = _grouped(y.detach(), num_groups).mean((2, 3, 4), keepdim=True)
-        y = (_grouped(y, num_groups) - mean).flatten(1, 2)
-    y = F.group_norm(
-        y, num_groups, None if weight is None else weight.to(wide), None if bias is None else bias.to(wide), eps
-    )
+    u = _grouped(_input(x, x2, emb, input_bias), num_groups)
+    axes = (2, 3, 4)
+    # F.group_norm's gradients fail or crash for some arguments, and E[x²] − E[x]² loses a large mean's digits;
+    # the norm does not see a shift, so that the rough mean needs no gradient
+    u = u - u.detach().mean(axes, keepdim=True)
+    u = u - u.mean(axes, keepdim=True)
+    y = (u * (u.square().mean(axes, keepdim=True) + eps).rsqrt()).flatten(1, 2)
+    if weight is not None:
+        y = y * _per_channel(weight, wide)
+    if bias is not None:
+        y = y + _per_channel(bias, wide)
     if scale is not None:
         y = y * (1 + _per_channel(scale, wide))
     if shift is not None:
@@ -156,5 +159,5 @@ def parameter_gradients(
     vectors = torch.stack([(dv_xhat * adaptive).sum(0), (dv * adaptive).sum(0), dinput.sum(0)])
     if scale is None:
         return vectors, sums.new_empty(0)
-    dscale = dv_xhat if weight is None else dv_xhat * weight.to(sums.dtype)
+    dscale = dv_xhat.clone() if weight is None else dv_xhat * weight.to(sums.dtype)  # an operator returns no view
     return vectors, dscale if bias is None else dscale + dv * bias.to(sums.dtype)

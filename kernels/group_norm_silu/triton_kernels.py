@@ -23,6 +23,8 @@ def _group_sum(values, GROUP_CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, BLOC
     """(BLOCK_C,) values -> in every channel the sum over its group."""
     if BLOCK_G == 1:
         return tl.zeros([BLOCK_C], tl.float32) + tl.sum(values, 0)
+    elif GROUP_CHANNELS == 1:
+        return values
     else:
         member = (tl.arange(0, BLOCK_C) // GROUP_CHANNELS)[:, None] == tl.arange(0, BLOCK_G)[None, :]
         sums = tl.sum(tl.where(member, values[:, None], 0.0), 0)
