@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import extension
 from ..device import interpreting, supports_triton
-from ..dispatch import Reason, fall_back, taken
+from ..dispatch import TRANSFORMED, Reason, fall_back, taken, transformed
 from . import reference
 from .launches import launches_backward, launches_forward, launches_parameter_gradients, shape_reason
 from .registration import OptionalTensor, call
@@ -198,6 +198,8 @@ def supports(x: Tensor, x2: OptionalTensor, num_groups: int) -> Reason | None:
     """None when a fast version takes this call, Triton on a GPU and C++ on the CPU, otherwise why not."""
     if x.dtype not in _DTYPES:
         return _DTYPE
+    if not torch.compiler.is_compiling() and transformed():
+        return TRANSFORMED
     if x.is_cpu and not interpreting():
         return _COMPILING if torch.compiler.is_compiling() else extension.missing()
     return supports_triton(x) or shape_reason(x, x2, num_groups)

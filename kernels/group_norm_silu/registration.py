@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -10,6 +11,7 @@ from torch._prims_common import suggest_memory_format
 
 from ..device import device_of, interpreting
 from ..launch import run
+from ..tags import TAGS
 from . import reference
 from .launches import (
     launches_backward,
@@ -23,6 +25,7 @@ from .launches import (
 OptionalTensor: TypeAlias = Tensor | None
 
 _library = torch.library.Library("sign_fast", "FRAGMENT")
+_define = partial(_library.define, tags=TAGS)
 _NORM = (
     "(Tensor x, Tensor? x2, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? emb, Tensor? input_bias, "
     "Tensor? scale, Tensor? shift, bool silu)"
@@ -31,19 +34,19 @@ _JOIN = (
     "(Tensor h, Tensor skip, Tensor? bias, float skip_scale, int num_groups, Tensor? weight, Tensor? norm_bias, "
     "float eps, bool silu)"
 )
-_library.define(f"group_norm_silu{_NORM} -> Tensor")
-_library.define(f"group_norm_silu_forward{_NORM} -> (Tensor y, Tensor stats)")
-_library.define(
+_define(f"group_norm_silu{_NORM} -> Tensor")
+_define(f"group_norm_silu_forward{_NORM} -> (Tensor y, Tensor stats)")
+_define(
     "group_norm_silu_backward(Tensor dy, Tensor x, Tensor? x2, Tensor stats, int num_groups, Tensor? weight, "
     "Tensor? bias, Tensor? emb, Tensor? input_bias, Tensor? scale, Tensor? shift, bool silu, Tensor? stream, "
     "float skip_scale, bool input_sum) -> (Tensor dx, Tensor dx2, Tensor sums)"
 )
-_library.define(
+_define(
     "group_norm_silu_parameter_gradients(Tensor sums, Tensor? weight, Tensor? bias, Tensor? scale) "
     "-> (Tensor vectors, Tensor dscale)"
 )
-_library.define(f"residual_group_norm_silu{_JOIN} -> (Tensor r, Tensor y)")
-_library.define(f"residual_group_norm_silu_forward{_JOIN} -> (Tensor r, Tensor y, Tensor stats)")
+_define(f"residual_group_norm_silu{_JOIN} -> (Tensor r, Tensor y)")
+_define(f"residual_group_norm_silu_forward{_JOIN} -> (Tensor r, Tensor y, Tensor stats)")
 
 
 # ---- shapes, for torch.compile and export ----

@@ -190,3 +190,18 @@ def test_box_resampling_is_the_filter(up, down):
     else:
         want = torch.nn.functional.conv2d(x, f, stride=2, groups=6)
     assert relative_error(layer(x), want) <= 1e-6
+
+
+def test_forward_mode_derivatives_of_a_network():
+    """What training by consistency or mean flows takes: torch.func.jvp through every operation."""
+    torch.manual_seed(0)
+    net = models.create("digits-uncond").eval().requires_grad_(False)
+    for p in net.parameters():
+        p.copy_(p + 0.1 * torch.randn_like(p))  # the published initialisation leaves some layers at 0
+    x, t, sigma = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8), torch.tensor([0.5, 2.0])
+    _, tangent = torch.func.jvp(lambda x: net(x, sigma), (x,), (t,))
+    leaf, weight = x.clone().requires_grad_(), torch.randn_like(x)
+    (gradient,) = torch.autograd.grad(net(leaf, sigma), leaf, weight)
+    want = (gradient * t).sum()  # wᵀ(J t) = (Jᵀw)ᵀt
+    assert tangent.abs().max() > 0.01
+    assert ((tangent * weight).sum() - want).abs() <= 1e-5 * (tangent.abs() * weight.abs()).sum()
