@@ -21,8 +21,9 @@ from typing import Literal
 
 from ..device import Device
 
-MAX_GROUP_CHANNELS = 8192  # a wider group's channels alone would fill a program's registers
+MAX_GROUP_CHANNELS = 4096  # a wider group's channels alone would fill a program's registers
 SPANS = 64  # of a split sample at most: every program adds all of them up
+SPAN_CHANNELS = 8192  # spans × channels of a bundle, whose sums a program adds up
 MEMBERS = 4096  # channels × groups of a bundle, which a sum over groups spreads out in registers
 
 
@@ -95,7 +96,7 @@ def _bundles(call: Call) -> list[int]:
     def multiples(unit: int) -> list[int]:
         widths = [unit * n for n in range(1, call.channels // unit + 1) if call.channels // unit % n == 0]
         # a group of one channel needs no such table, but the channels' coefficients take registers, too
-        fit = [w for w in widths if power_of_two(w) * (4 if group == 1 else power_of_two(w // group)) <= MEMBERS]
+        fit = [w for w in widths if power_of_two(w) * (8 if group == 1 else power_of_two(w // group)) <= MEMBERS]
         return fit or widths[:1]
 
     if not call.channels_last:
@@ -150,6 +151,7 @@ def _rule(call: Call, device: Device) -> Plan:
     at_a_time = own * min(programs(width), device.multiprocessors)
     if own <= 96 << 10 or (programs(width) >= device.multiprocessors and at_a_time <= 0.7 * device.l2_bytes):
         return Plan("loop", width, block, step, call.pixels, warps)
-    spans = max(1, min(SPANS, math.ceil(enough / programs(width)), math.ceil(call.pixels / step)))
+    most = min(SPANS, max(1, SPAN_CHANNELS // block), math.ceil(call.pixels / step))
+    spans = max(1, min(most, math.ceil(enough / programs(width))))
     span = math.ceil(call.pixels / spans / step) * step
     return Plan("split", width, block, step, span, warps)

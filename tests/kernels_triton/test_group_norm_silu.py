@@ -135,6 +135,33 @@ def test_constant_input_gives_the_bias():
     assert torch.equal(y, bias.reshape(1, -1, 1, 1).expand_as(y))
 
 
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "nchw"])
+@pytest.mark.parametrize("name", [None, "loop", "split"])
+def test_a_channel_a_group_and_a_single_group(name, channels_last, strategy):
+    if name:
+        strategy(name)
+    for channels, groups in ((70, 70), (72, 1)):
+        check(cases.make((2, channels, 5, 4), groups, torch.bfloat16, channels_last=channels_last))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_residual_stream_alone(dtype):
+    """Its gradients where the norm's output is not used, and where only that is used."""
+    inputs = cases.make((2, 24, 5, 3), 6, dtype, folds="skip join_bias weight bias")
+    for place in (0, 1):
+
+        def derivatives(run, inputs, place=place):
+            out, dy = run(inputs)[place], torch.arange(2 * 24 * 15).reshape(2, 24, 5, 3).cos()
+            leaves = [inputs.tensors[name] for name in ("x", "skip", "join_bias")]
+            return torch.autograd.grad(out, leaves, dy.to(dtype).to(out))
+
+        want = derivatives(cases.plain, inputs.to(torch.float64, leaves=True))
+        base = derivatives(cases.plain, inputs.to(leaves=True))
+        got = derivatives(cases.fast, inputs.to(device=TRITON_DEVICE, leaves=True))
+        for triple in zip(got, want, base, strict=True):
+            assert_close(*triple, terms=want[0])
+
+
 @pytest.mark.parametrize("shape, groups", [((3, 24, 1, 1), 6), ((2, 5, 1, 7), 1), ((1, 1, 1, 1), 1), ((2, 7, 5, 1), 7)])
 def test_single_pixels_and_narrow_planes(shape, groups):
     for channels_last in (True, False):
