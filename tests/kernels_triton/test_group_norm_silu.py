@@ -140,8 +140,8 @@ def test_constant_input_gives_the_bias():
 def test_a_channel_a_group_and_a_single_group(name, channels_last, strategy):
     if name:
         strategy(name)
-    for channels, groups in ((70, 70), (72, 1)):
-        check(cases.make((2, channels, 5, 4), groups, torch.bfloat16, channels_last=channels_last))
+    for channels, groups in ((18, 18), (72, 1)):
+        check(cases.make((1, channels, 5, 4), groups, torch.bfloat16, channels_last=channels_last))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
