@@ -49,7 +49,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Call:
-    """What the rule looks at; `joins`: the residual form, `pair`: two tensors read as concatenated."""
+    """What the rule looks at.
+
+    joins: the residual form; pair: two tensors read as concatenated; float16: rather than bfloat16 or float32.
+    """
 
     batch: int
     channels: int
@@ -60,6 +63,7 @@ class Call:
     backward: bool = False
     joins: bool = False
     pair: bool = False
+    float16: bool = False
 
 
 # {device name: {Call with batch=0: Plan}}: measured exceptions to the rule, by hand or by benchmarks, for any batch
@@ -70,10 +74,11 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _tile_cap(call: Call) -> int:
+def _tile_cap(call: Call, device: Device) -> int:
     """Elements of a tile that 16 warps (8 in float32 backward) hold without spilling."""
     heavy = call.backward or call.joins or (call.pair and call.itemsize == 4)
-    return 16384 if heavy else 32768
+    older = device.architecture < 90 and (call.float16 or call.itemsize == 4)
+    return 16384 if heavy or older else 32768
 
 
 def _tile_warps(call: Call, block: int, pixels: int) -> int:
@@ -128,7 +133,7 @@ def _rule(call: Call, device: Device) -> Plan:
     def programs(width: int) -> int:
         return call.batch * (call.channels // width)
 
-    fitting = [w for w in widths if power_of_two(w) * pixels <= _tile_cap(call)]
+    fitting = [w for w in widths if power_of_two(w) * pixels <= _tile_cap(call, device)]
     if device.architecture < 90:  # folds make the largest tiles spill there: only where nothing smaller fits
         fitting = [w for w in fitting if power_of_two(w) * pixels <= 16384] or fitting
     if fitting:

@@ -135,8 +135,8 @@ _shape = lru_cache(maxsize=4096)(_Shape)
 def _shape_of(x: Tensor, x2: Tensor | None, num_groups: int, device: Device, backward: bool, joins: bool) -> _Shape:
     batch, first, height, width = x.shape
     channels, pair = (first, False) if x2 is None else (first + x2.shape[1], True)
-    layout = _channels_last(x)
-    call = _call(batch, channels, height * width, num_groups, x.element_size(), layout, backward, joins, pair)
+    memory = (x.element_size(), _channels_last(x))
+    call = _call(batch, channels, height * width, num_groups, *memory, backward, joins, pair, x.dtype == torch.float16)
     return _shape(call, first, plan(call, device))
 
 

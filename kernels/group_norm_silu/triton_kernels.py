@@ -139,11 +139,22 @@ def forward_tile(
 
     added = _added(emb, emb_row, input_bias, b, c, mask_c)
     count = (GROUP_CHANNELS * pixels) * 1.0
-    u = tl.where(mask, tile.to(tl.float32) + added[None, :], 0.0)
-    rough = _group_sum(tl.sum(u, 0), GROUP_CHANNELS, BLOCK_C, BLOCK_G) / count
-    d = tl.where(mask, (tile.to(tl.float32) - rough[None, :]) + added[None, :], 0.0)
-    gap = _group_sum(tl.sum(d, 0), GROUP_CHANNELS, BLOCK_C, BLOCK_G) / count
-    square = _group_sum(tl.sum(d * d, 0), GROUP_CHANNELS, BLOCK_C, BLOCK_G) / count
+    # pixels past the end are left out element by element, channels past the end when their sums are there
+    values = tile.to(tl.float32)
+    if not EVEN_P:
+        values = tl.where((p < pixels)[:, None], values, 0.0)
+    sums = tl.where(mask_c, tl.sum(values, 0) + added * pixels, 0.0)
+    rough = _group_sum(sums, GROUP_CHANNELS, BLOCK_C, BLOCK_G) / count
+    # d = u − rough = (x − centre) − slip: one value a channel beside the tile, its rounding put right in the sums
+    centre = rough - added
+    slip = tl.where(mask_c, (rough - centre) - added, 0.0)
+    d = tile.to(tl.float32) - centre[None, :]
+    if not EVEN_P:
+        d = tl.where((p < pixels)[:, None], d, 0.0)
+    s1 = tl.where(mask_c, tl.sum(d, 0), 0.0)
+    s2 = tl.where(mask_c, tl.sum(d * d, 0), 0.0) + slip * (slip * pixels - 2.0 * s1)
+    gap = _group_sum(s1 - slip * pixels, GROUP_CHANNELS, BLOCK_C, BLOCK_G) / count
+    square = _group_sum(s2, GROUP_CHANNELS, BLOCK_C, BLOCK_G) / count
     rstd = tl.rsqrt(tl.maximum(square - gap * gap, 0.0) + eps)
     if stats is not None:
         _write_stats(stats, b, channels // GROUP_CHANNELS, c, mask_c, rough, gap, rstd, GROUP_CHANNELS)
