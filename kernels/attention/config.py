@@ -88,7 +88,7 @@ def plan(
     block = power_of_two(channels)
     rows = (_HALF if itemsize == 2 else _FLOAT)[kernel]
     choices = rows[min(width for width in rows if width >= block)]
-    masked = kernel == "backward_key" and itemsize == 2 and (channels != block or strided)
+    masked = kernel == "backward_key" and itemsize == 2 and (channels != block or (strided and block <= 128))
     if (masked or (kernel == "backward_query" and itemsize == 4 and strided)) and len(choices) > 1:
         choices = choices[1:]  # masked channels and gathered ones cost registers
     longest = power_of_two(tokens)
