@@ -44,7 +44,7 @@ _HALF: dict[Kernel, dict[int, list[tuple[int, int, int, int]]]] = {
     "backward_query": {
         64: [(64, 64, 8, 2), (64, 32, 8, 2)],
         128: [(64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)],
-        256: [(64, 64, 8, 2), (64, 32, 8, 1)],
+        256: [(64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)],
     },
     "backward_key": {
         64: [(64, 64, 8, 2), (32, 64, 8, 2)],
@@ -53,9 +53,9 @@ _HALF: dict[Kernel, dict[int, list[tuple[int, int, int, int]]]] = {
     },
 }
 _FLOAT: dict[Kernel, dict[int, list[tuple[int, int, int, int]]]] = {
-    "forward": {256: [(32, 32, 8, 1)]},
-    "backward_query": {128: [(64, 32, 8, 1), (32, 32, 8, 1)], 256: [(32, 16, 8, 1)]},
-    "backward_key": {64: [(32, 64, 8, 1)], 128: [(32, 32, 8, 1)], 256: [(16, 16, 8, 1)]},
+    "forward": {128: [(32, 32, 8, 1)], 256: [(32, 16, 8, 1)]},
+    "backward_query": {64: [(32, 32, 8, 1)], 128: [(64, 32, 8, 1), (32, 32, 8, 1)], 256: [(32, 16, 8, 1)]},
+    "backward_key": {64: [(32, 64, 8, 1), (32, 32, 8, 1)], 128: [(32, 32, 8, 1)], 256: [(16, 32, 8, 1)]},
 }
 
 # {device name: {(kernel, tokens, channels, itemsize): Plan}}: measured exceptions to the rule
@@ -75,6 +75,15 @@ def _shared_bytes(kernel: Kernel, queries: int, keys: int, row: int, stages: int
     return (2 * keys + 2 * queries * stages) * row + 1024
 
 
+def _crowded(kernel: Kernel, block: int, masked: bool, strided: bool, itemsize: int) -> bool:
+    """Whether the first choice spills because masked or gathered channels take registers of their own."""
+    if itemsize == 4:
+        return strided and kernel != "forward"
+    if kernel == "backward_key":
+        return masked or (strided and block <= 128)
+    return kernel == "backward_query" and strided and block > 128
+
+
 def plan(
     kernel: Kernel, tokens: int, channels: int, itemsize: int, heads: int, device: Device, strided: bool = False
 ) -> Plan:
@@ -88,9 +97,8 @@ def plan(
     block = power_of_two(channels)
     rows = (_HALF if itemsize == 2 else _FLOAT)[kernel]
     choices = rows[min(width for width in rows if width >= block)]
-    masked = kernel == "backward_key" and itemsize == 2 and (channels != block or (strided and block <= 128))
-    if (masked or (kernel == "backward_query" and itemsize == 4 and strided)) and len(choices) > 1:
-        choices = choices[1:]  # masked channels and gathered ones cost registers
+    if _crowded(kernel, block, channels != block, strided, itemsize) and len(choices) > 1:
+        choices = choices[1:]
     longest = power_of_two(tokens)
 
     def programs(queries: int) -> int:
