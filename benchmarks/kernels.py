@@ -102,6 +102,7 @@ def measure(
                 continue
             try:
                 function = prepare(inputs, forward, direction)
+                function()  # what cannot run says so here
                 functions[name] = function if gpu is None else gpu.capture(function)
             except Exception as error:  # an SDPA backend without that shape, a compiler that gives up
                 if name == "sign_fast":

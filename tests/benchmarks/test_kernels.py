@@ -14,9 +14,10 @@ import torch
 
 from benchmarks import kernels
 from benchmarks.kernel_cases import OPERATIONS, cases, cpu_cases, small_cases
+from benchmarks.kernel_cases.attention import AttentionCase
 from benchmarks.kernel_cases.group_norm_silu import NormCase
 from benchmarks.kernel_timing import difference
-from benchmarks.official_shapes import Norm
+from benchmarks.official_shapes import Attention, Norm
 from sign_fast.errors import SignFastError
 from sign_fast.kernels import extension
 from sign_fast.kernels.device import KNOWN
@@ -101,3 +102,11 @@ def test_every_case_has_launches_and_bytes(operation):
             assert launches and case.bytes(direction) > 0
             names = {name for launch in launches for name, t in launch.arguments.items() if isinstance(t, torch.Tensor)}
             assert names & case.activations
+
+
+def test_a_rival_that_cannot_run_is_left_out_with_its_reason():
+    case = AttentionCase(1, "float32", Attention(1, 8, 16))
+    for direction in case.directions:
+        rows = {row["provider"]: row for row in kernels.measure(case, direction, None, 0)}
+        assert "No viable backend" in rows["sdpa cudnn"]["skipped"]
+        assert rows["sign_fast"]["us_p50"] > 0 and rows["eager"]["us_p50"] > 0
