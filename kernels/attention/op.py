@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..device import interpreting, supports_triton
 from ..dispatch import TRANSFORMED, Reason, fall_back, taken, transformed
+from ..second_derivatives import differentiable_backward
 from . import reference
 from .launches import launches_backward, launches_forward
 from .registration import call, split
@@ -42,7 +43,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         q, k, v, out, logsumexp = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _differentiable_backward(reference.attention, (q, k, v), ctx.needs_input_grad, dout)
+            return differentiable_backward(reference.attention, (q, k, v), ctx.needs_input_grad, dout)
         return call("attention_backward", dout, q, k, v, out, logsumexp)  # type: ignore[no-any-return]
 
 
@@ -62,18 +63,9 @@ class _ProjectedAttention(torch.autograd.Function):
             def again(x: Tensor) -> Tensor:
                 return _plain_projected(x, ctx.num_heads, ctx.interleaved)
 
-            return (*_differentiable_backward(again, (qkv,), (True,), dout), None, None)
+            return (*differentiable_backward(again, (qkv,), (True,), dout), None, None)
         arguments = (dout, qkv, out, logsumexp, ctx.num_heads, ctx.interleaved)
         return call("projected_attention_backward", *arguments), None, None
-
-
-def _differentiable_backward(function: Any, arguments: tuple[Tensor, ...], needs: Any, dout: Tensor) -> tuple[Any, ...]:
-    """First derivatives in plain torch, for a caller who wants to differentiate them again (create_graph=True)."""
-    # views: partial derivatives, without those through an argument that itself depends on another one
-    aliases = [t.view_as(t) if need else t for t, need in zip(arguments, needs, strict=True)]
-    wanted = [t for t, need in zip(aliases, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(function(*aliases), wanted, dout, create_graph=True))
-    return tuple(next(found) if need else None for need in needs)
 
 
 def _plain_projected(qkv: Tensor, num_heads: int, interleaved: bool) -> Tensor:

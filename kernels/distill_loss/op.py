@@ -11,6 +11,7 @@ from torch._prims_common import suggest_memory_format
 from .. import extension
 from ..device import interpreting, supports_triton
 from ..dispatch import TRANSFORMED, Reason, fall_back, taken, transformed
+from ..second_derivatives import differentiable_backward
 from . import reference
 from .launches import launches_backward, launches_forward, launches_gradients
 from .reference import Mode
@@ -100,7 +101,8 @@ class _DistillLoss(torch.autograd.Function):
             needs = (needs[0] and ctx.mode == "fake", False, needs[2])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             arguments = (images, y_real, y_fake, ctx.alpha, student_weight, fake_weight, ctx.mode)
-            return (*_differentiable_backward(arguments, needs, for_student, for_fake), None, None, None, None)
+            wanted = (*needs, *[False] * 4)
+            return differentiable_backward(_plain, arguments, wanted, for_student, for_fake)
         # of a loss that nothing was made of nothing is computed: it may be infinite
         mode = "fake" if for_student is None else ctx.mode
         fake_weight = None if for_fake is None else fake_weight
@@ -119,22 +121,6 @@ class _DistillLoss(torch.autograd.Function):
         )
         gradients = (gradient if need else None for gradient, need in zip(found, needs, strict=True))
         return (*gradients, None, None, None, None)
-
-
-def _differentiable_backward(arguments: tuple[Any, ...], needs: Any, *upstream: OptionalTensor) -> tuple[Any, ...]:
-    """First derivatives in plain torch, for a caller who wants to differentiate them again (create_graph=True)."""
-    images, y_real, y_fake, alpha, student_weight, fake_weight, mode = arguments
-    aliases = [t.view_as(t) if need else t for t, need in zip((images, y_real, y_fake), needs, strict=True)]
-    x, real, fake = aliases
-    losses = _plain(x, real, fake, alpha, student_weight, fake_weight, mode)
-    given = [(loss, g) for loss, g in zip(losses, upstream, strict=True) if loss is not None and g is not None]
-    wanted = [t for t, need in zip(aliases, needs, strict=True) if need]
-    found = iter(
-        torch.autograd.grad(
-            [loss for loss, _ in given], wanted, [g for _, g in given], create_graph=True, allow_unused=True
-        )
-    )
-    return tuple(next(found) if need else None for need in needs)
 
 
 def _plain(

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import extension
 from ..device import interpreting, supports_triton
 from ..dispatch import TRANSFORMED, Reason, fall_back, taken, transformed
+from ..second_derivatives import differentiable_backward
 from . import reference
 from .launches import launches_backward, launches_forward, launches_parameter_gradients, shape_reason
 from .registration import OptionalTensor, call
@@ -54,7 +55,7 @@ class _GroupNormSilu(torch.autograd.Function):
         x, x2, stats, weight, bias, emb, input_bias, scale, shift = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             arguments = (x, x2, ctx.num_groups, weight, bias, ctx.eps, emb, input_bias, scale, shift, ctx.silu)
-            return _differentiable_backward(reference.group_norm_silu, arguments, ctx.needs_input_grad, dy)
+            return differentiable_backward(reference.group_norm_silu, arguments, ctx.needs_input_grad, dy)
         _, _, _, for_weight, for_bias, _, for_emb, for_input_bias, for_scale, for_shift, _ = ctx.needs_input_grad
         dx, dx2, sums = call(
             "group_norm_silu_backward",
@@ -127,7 +128,7 @@ class _ResidualGroupNormSilu(torch.autograd.Function):
             # as the norm of r: r, an output, leads on to h, skip and bias
             arguments = (r, None, ctx.num_groups, weight, norm_bias, ctx.eps, None, None, None, None, ctx.silu)
             needs = (True, False, False, for_weight, for_norm_bias, *[False] * 6)
-            found = _differentiable_backward(reference.group_norm_silu, arguments, needs, dy)
+            found = differentiable_backward(reference.group_norm_silu, arguments, needs, dy)
             dh = (found[0] if dr is None else found[0] + dr) * ctx.skip_scale
             dbias = dh.sum((0, 2, 3)) if for_bias else None
             return dh, dh, dbias, None, None, found[3], found[4], None, None
@@ -163,15 +164,6 @@ class _ResidualGroupNormSilu(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _differentiable_backward(function: Any, arguments: tuple[Any, ...], needs: Any, dy: Tensor) -> tuple[Any, ...]:
-    """First derivatives in plain torch, for a caller who wants to differentiate them again (create_graph=True)."""
-    # views: partial derivatives, without those through an argument that itself depends on another one
-    aliases = [t.view_as(t) if need else t for t, need in zip(arguments, needs, strict=True)]
-    wanted = [t for t, need in zip(aliases, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(function(*aliases), wanted, dy, create_graph=True))
-    return tuple(next(found) if need else None for need in needs)
 
 
 def _vector_gradient(gradient: OptionalTensor, parameter: OptionalTensor, wanted: bool) -> OptionalTensor:

@@ -70,6 +70,15 @@ def test_second_derivatives(name):
             assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
+def test_a_graph_of_nothing():
+    """The fake loss sends nothing to the images, with create_graph too."""
+    case = cases.make((2, 2, 3, 3), torch.float32)
+    images, y_real, y_fake = case.tensors.values()
+    images.requires_grad_()
+    _, fake = functional.distill_losses(images, y_real, y_fake, case.sigma)
+    assert torch.autograd.grad(fake.sum(), images, create_graph=True, allow_unused=True)[0] is None
+
+
 def test_samples_do_not_depend_on_batch_or_threads():
     case = cases.make((6, 3, 96, 96), torch.float32)
     whole = functional.distill_loss_gradients(*case.tensors.values(), case.sigma)
