@@ -18,7 +18,7 @@ else
 endif
 
 # a process a core; every test runs on one thread
-PARALLEL = $(shell $(PY) -c 'import xdist' 2>/dev/null && echo -n auto)
+PARALLEL = $(shell $(PY) -c 'import xdist; print("-n auto")' 2>/dev/null)
 
 .PHONY: help demo test gpu lint wheel clean in-place
 help:
