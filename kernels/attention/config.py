@@ -55,7 +55,7 @@ _HALF: dict[Kernel, dict[int, list[tuple[int, int, int, int]]]] = {
 _FLOAT: dict[Kernel, dict[int, list[tuple[int, int, int, int]]]] = {
     "forward": {128: [(32, 32, 8, 1)], 256: [(32, 16, 8, 1)]},
     "backward_query": {64: [(32, 32, 8, 1)], 128: [(64, 32, 8, 1), (32, 32, 8, 1)], 256: [(32, 16, 8, 1)]},
-    "backward_key": {64: [(32, 64, 8, 1), (32, 32, 8, 1)], 128: [(32, 32, 8, 1)], 256: [(16, 32, 8, 1)]},
+    "backward_key": {128: [(32, 32, 8, 1)], 256: [(16, 32, 8, 1)]},
 }
 
 # {device name: {(kernel, tokens, channels, itemsize): Plan}}: measured exceptions to the rule
@@ -78,7 +78,7 @@ def _shared_bytes(kernel: Kernel, queries: int, keys: int, row: int, stages: int
 def _crowded(kernel: Kernel, block: int, masked: bool, strided: bool, itemsize: int) -> bool:
     """Whether the first choice spills because masked or gathered channels take registers of their own."""
     if itemsize == 4:
-        return strided and kernel != "forward"
+        return strided and kernel == "backward_query"
     if kernel == "backward_key":
         return masked or (strided and block <= 128)
     return kernel == "backward_query" and strided and block > 128
