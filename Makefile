@@ -17,7 +17,7 @@ else
   READY := $(STAMP)
 endif
 
-# a process a core; every test runs on one thread
+  # a process a core; every test runs on one thread
 PARALLEL = $(shell $(PY) -c 'import xdist; print("-n auto")' 2>/dev/null)
 
 .PHONY: help demo test gpu lint wheel clean in-place

@@ -118,7 +118,9 @@ def measure(
 
 def on_gpu(operations: Iterable[str], budget: float, quick: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The ceilings of this run, and the rows; torch.compile comes last, for as many shapes as the time allows."""
-    torch._functorch.config.donated_buffer = False  # a compiled backward is run many times
+    import torch._functorch.config as compiler
+
+    compiler.donated_buffer = False  # a compiled backward is run many times
     started = time.monotonic()
     gpu = Gpu()
     ceilings = {
@@ -233,6 +235,8 @@ def kernels(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     budget = seconds if seconds is not None else 20.0 if quick else 240.0
     if device == "cuda":
+        if not torch.cuda.is_available():
+            raise SignFastError("there is no NVIDIA GPU here that PyTorch can use: leave --device out")
         ceilings, rows = on_gpu(operations, budget, quick)
     else:
         ceilings, rows = {}, on_cpu(operations, budget, quick, compiled)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._functorch.config as functorch_config
 
 from benchmarks import kernels
 from benchmarks.kernel_cases import OPERATIONS, cases, cpu_cases, small_cases
@@ -110,3 +111,31 @@ def test_a_rival_that_cannot_run_is_left_out_with_its_reason():
         rows = {row["provider"]: row for row in kernels.measure(case, direction, None, 0)}
         assert "No viable backend" in rows["sdpa cudnn"]["skipped"]
         assert rows["sign_fast"]["us_p50"] > 0 and rows["eager"]["us_p50"] > 0
+
+
+def test_a_gpu_run_up_to_the_gpu(monkeypatch):
+    """All that comes before the device is touched; without one the command says so in one line."""
+
+    class Reached(Exception):
+        pass
+
+    def gpu():
+        raise Reached
+
+    monkeypatch.setattr(kernels, "Gpu", gpu)
+    before = functorch_config.donated_buffer
+    try:
+        with pytest.raises(Reached):
+            kernels.on_gpu(OPERATIONS, 1.0, True)
+        assert not functorch_config.donated_buffer
+    finally:
+        functorch_config.donated_buffer = before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so():
+    done = subprocess.run(
+        [sys.executable, "benchmarks/kernels.py", "--device", "cuda"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "kernels: error: there is no NVIDIA GPU here that PyTorch can use: leave --device out\n"
