@@ -42,6 +42,11 @@ def _together(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.to(dtype), b.to(dtype)
 
 
+def _check_floating(t: Tensor) -> None:
+    if not t.is_floating_point():
+        raise ValueError(f"a floating dtype is needed, not {t.dtype}")
+
+
 def _check_groups(
     x: Tensor,
     channels: int,
@@ -51,6 +56,7 @@ def _check_groups(
 ) -> None:
     """x (B, ·, H, W); vectors (channels,) each; rows (B, channels) or (1, channels) each, on x's device."""
     batch, device = x.shape[0], x.device
+    _check_floating(x)
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"{channels} channels do not divide into {num_groups} groups")
     for t in vectors:
@@ -169,6 +175,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             f"{tuple(k.shape)}, {tuple(v.shape)}"
         )
     _check_devices(q, k=k, v=v)
+    _check_floating(q)
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
     if q.ndim == 3:
@@ -193,11 +200,14 @@ def projected_attention(qkv: Tensor, num_heads: int, *, interleaved: bool = True
     """
     if qkv.ndim != 4 or num_heads < 1 or qkv.shape[1] % (3 * num_heads):
         raise ValueError(f"qkv must be (B, 3·{num_heads}·d, H, W), not {tuple(qkv.shape)}")
+    _check_floating(qkv)
     return _attention.projected_attention(qkv, num_heads, interleaved)
 
 
 def _fake_weight(sigma: Tensor, sigma_data: float, batch: int) -> Tensor:
     """w(σ) = (σ² + s²)/(σ s)² = 1/σ² + 1/s², (B,)."""
+    if sigma_data <= 0:
+        raise ValueError(f"sigma_data must be positive, not {sigma_data}")
     if sigma.numel() != batch:
         raise ValueError(f"sigma must hold {batch} values, not {sigma.numel()}")
     wide = sigma if sigma.dtype == torch.float64 else sigma.float()  # 1/σ² of small levels is beyond float16
@@ -212,6 +222,7 @@ def _check_predictions(images: Tensor, y_real: Tensor, y_fake: Tensor, weight: T
     if weight is not None and weight.numel() != images.shape[0]:
         raise ValueError(f"weight must hold {images.shape[0]} values, not {weight.numel()}")
     _check_devices(images, y_real=y_real, y_fake=y_fake, weight=weight)
+    _check_floating(images)
 
 
 def _check_devices(first: Tensor, **others: Tensor | None) -> None:
@@ -237,6 +248,7 @@ def fake_score_loss(y_fake: Tensor, images: Tensor, sigma: Tensor, sigma_data: f
     """
     _check(y_fake.shape == images.shape, f"y_fake {tuple(y_fake.shape)} and images {tuple(images.shape)} must agree")
     _check_devices(images, y_fake=y_fake, sigma=sigma)
+    _check_floating(images)
     return _distill_loss.fake_score_loss(y_fake, images, _fake_weight(sigma, sigma_data, images.shape[0]))
 
 
