@@ -35,11 +35,16 @@ class SlowPathWarning(UserWarning):
     """An operation runs on a slower implementation than this machine could offer."""
 
 
+DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+NOT_FAST_DTYPE = Reason("float64 is for checking only")
+COMPILING = Reason("a compiler fuses the plain form with its neighbours on the CPU")
 TRANSFORMED = Reason("torch.func or forward-mode differentiation is active: plain torch is transformed")
 
 
 def transformed() -> bool:
-    """Whether torch.func or forward-mode AD watches what runs: the operators know neither."""
+    """Whether torch.func or forward-mode AD, which the operators do not know, watches what runs outside a compiler."""
+    if torch.compiler.is_compiling():
+        return False
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 

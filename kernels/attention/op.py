@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..device import interpreting, supports_triton
-from ..dispatch import TRANSFORMED, Reason, fall_back, taken, transformed
+from ..dispatch import DTYPES, NOT_FAST_DTYPE, TRANSFORMED, Reason, fall_back, taken, transformed
 from ..second_derivatives import differentiable_backward
 from . import reference
 from .launches import launches_backward, launches_forward
@@ -16,16 +16,14 @@ from .registration import call, split
 
 __all__ = ["attention", "launches_backward", "launches_forward", "projected_attention", "supports"]
 
-_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
-_DTYPE = Reason("float64 is for checking only")
 _WIDTH = Reason("the attention kernels take d up to 256")
 
 
 def supports(q: Tensor, channels: int) -> Reason | None:
     """None when a fast version takes this call, Triton on a GPU or PyTorch's flash attention on the CPU."""
-    if q.dtype not in _DTYPES:
-        return _DTYPE
-    if not torch.compiler.is_compiling() and transformed():
+    if q.dtype not in DTYPES:
+        return NOT_FAST_DTYPE
+    if transformed():
         return TRANSFORMED
     if q.is_cpu and not interpreting():
         return None

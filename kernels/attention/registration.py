@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from ..device import device_of, interpreting
+from ..device import device_of
 from ..launch import run
-from ..tags import TAGS
+from ..operators import TAGS, register
 from .launches import launches_backward, launches_forward
 
 _library = torch.library.Library("sign_fast", "FRAGMENT")
@@ -220,15 +220,4 @@ _IMPLEMENTATIONS: dict[str, tuple[Any, Any, Any]] = {
     "projected_attention_forward": (_fake_projected_forward, _triton_projected_forward, _cpu_projected_forward),
     "projected_attention_backward": (_fake_projected_backward, _triton_projected_backward, _cpu_projected_backward),
 }
-for _name, (_fake, _on_gpu, _on_cpu) in _IMPLEMENTATIONS.items():
-    torch.library.register_fake(f"sign_fast::{_name}", _fake, lib=_library)
-    _library.impl(_name, _on_gpu, "CUDA")
-    _library.impl(_name, _on_cpu, "CPU")
-_OPERATORS = {name: getattr(torch.ops.sign_fast, name).default for name in _IMPLEMENTATIONS}
-
-
-def call(name: str, *arguments: Any) -> Any:
-    """The operator, or in Triton's interpreter its GPU version on the CPU's tensors."""
-    if interpreting() and arguments[0].is_cpu and not torch.compiler.is_compiling():
-        return _IMPLEMENTATIONS[name][1](*arguments)
-    return _OPERATORS[name](*arguments)
+call = register(_library, _IMPLEMENTATIONS, "CPU")

@@ -10,7 +10,7 @@ from torch._prims_common import suggest_memory_format
 
 from .. import extension
 from ..device import interpreting, supports_triton
-from ..dispatch import TRANSFORMED, Reason, fall_back, taken, transformed
+from ..dispatch import COMPILING, DTYPES, NOT_FAST_DTYPE, TRANSFORMED, Reason, fall_back, taken, transformed
 from ..second_derivatives import differentiable_backward
 from . import reference
 from .launches import launches_backward, launches_forward, launches_gradients
@@ -29,26 +29,23 @@ __all__ = [
     "supports",
 ]
 
-_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
-_DTYPE = Reason("float64 is for checking only")
 _MIXED = Reason("the inputs have several dtypes", "give images, y_real and y_fake in one")
 _WEIGHTS = Reason("gradients of the weights are wanted: plain torch differentiates them")
 _LARGE = Reason("one sample has 2³¹ elements or more")
-_COMPILING = Reason("a compiler fuses the plain form with its neighbours on the CPU")
 
 
 def supports(images: Tensor, *others: Tensor, weights: tuple[OptionalTensor, ...] = ()) -> Reason | None:
     """None when a fast version takes this call, Triton on a GPU and C++ on the CPU, otherwise why not."""
-    if not torch.compiler.is_compiling() and transformed():
+    if transformed():
         return TRANSFORMED
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in weights):
         return _WEIGHTS
     if any(t.dtype != images.dtype for t in others):
         return _MIXED
-    if images.dtype not in _DTYPES:
-        return _DTYPE
+    if images.dtype not in DTYPES:
+        return NOT_FAST_DTYPE
     if images.is_cpu and not interpreting():
-        return _COMPILING if torch.compiler.is_compiling() else extension.missing()
+        return COMPILING if torch.compiler.is_compiling() else extension.missing()
     return supports_triton(images) or (_LARGE if images[:1].numel() >= 2**31 else None)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import extension
 from ..device import interpreting, supports_triton
-from ..dispatch import TRANSFORMED, Reason, fall_back, taken, transformed
+from ..dispatch import COMPILING, DTYPES, NOT_FAST_DTYPE, TRANSFORMED, Reason, fall_back, taken, transformed
 from ..second_derivatives import differentiable_backward
 from . import reference
 from .launches import launches_backward, launches_forward, launches_parameter_gradients, shape_reason
@@ -181,19 +181,15 @@ def _row_gradient(gradient: OptionalTensor, row: OptionalTensor, wanted: bool) -
 
 # ---- dispatch ----
 
-_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
-_DTYPE = Reason("float64 is for checking only")
-_COMPILING = Reason("a compiler fuses the plain form with its neighbours on the CPU")
-
 
 def supports(x: Tensor, x2: OptionalTensor, num_groups: int) -> Reason | None:
     """None when a fast version takes this call, Triton on a GPU and C++ on the CPU, otherwise why not."""
-    if x.dtype not in _DTYPES:
-        return _DTYPE
-    if not torch.compiler.is_compiling() and transformed():
+    if x.dtype not in DTYPES:
+        return NOT_FAST_DTYPE
+    if transformed():
         return TRANSFORMED
     if x.is_cpu and not interpreting():
-        return _COMPILING if torch.compiler.is_compiling() else extension.missing()
+        return COMPILING if torch.compiler.is_compiling() else extension.missing()
     return supports_triton(x) or shape_reason(x, x2, num_groups)
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from ..device import device_of, interpreting
+from ..device import device_of
 from ..launch import run
-from ..tags import TAGS
+from ..operators import TAGS, register
 from . import reference
 from .launches import (
     launches_backward,
@@ -289,15 +289,4 @@ _IMPLEMENTATIONS: dict[str, tuple[Any, Any, Any]] = {
     "residual_group_norm_silu": (_fake_join, _triton_join, _plain_join),
     "residual_group_norm_silu_forward": (_fake_join_forward, _triton_join_forward, _plain_join_forward),
 }
-for _name, (_fake, _on_gpu, _plainly) in _IMPLEMENTATIONS.items():
-    torch.library.register_fake(f"sign_fast::{_name}", _fake, lib=_library)
-    _library.impl(_name, _on_gpu, "CUDA")
-    _library.impl(_name, _plainly, "CompositeExplicitAutograd")  # the C++ extension takes the CPU's place
-_OPERATORS = {name: getattr(torch.ops.sign_fast, name).default for name in _IMPLEMENTATIONS}
-
-
-def call(name: str, *arguments: Any) -> Any:
-    """The operator, or in Triton's interpreter its GPU version on the CPU's tensors."""
-    if interpreting() and arguments[0].is_cpu and not torch.compiler.is_compiling():
-        return _IMPLEMENTATIONS[name][1](*arguments)
-    return _OPERATORS[name](*arguments)
+call = register(_library, _IMPLEMENTATIONS)

@@ -10,7 +10,7 @@ from torch._prims_common import suggest_memory_format
 
 from .. import extension
 from ..device import interpreting, supports_triton
-from ..dispatch import TRANSFORMED, Reason, fall_back, taken, transformed
+from ..dispatch import COMPILING, DTYPES, NOT_FAST_DTYPE, TRANSFORMED, Reason, fall_back, taken, transformed
 from . import reference
 from .launches import launches_forward, launches_noise, shape_reason
 from .registration import OptionalTensor, call
@@ -25,10 +25,7 @@ __all__ = [
     "supports",
 ]
 
-_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
-_DTYPE = Reason("float64 is for checking only")
 _GRADIENTS = Reason("gradients are wanted: plain torch differentiates it")
-_COMPILING = Reason("a compiler fuses the plain form with its neighbours on the CPU")
 _COEFFICIENTS = Reason("the coefficients are not one for each image")
 
 
@@ -37,17 +34,17 @@ def supports(device: Tensor, elements: int, *dtypes: torch.dtype, noise: bool = 
 
     A compiler gains nothing where there is noise to draw: it calls the operator, whatever implements that.
     """
-    if not _DTYPES.issuperset(dtypes):
-        return _DTYPE
+    if not DTYPES.issuperset(dtypes):
+        return NOT_FAST_DTYPE
     if device.is_cpu and not interpreting():
         if torch.compiler.is_compiling():
-            return None if noise else _COMPILING
+            return None if noise else COMPILING
         return extension.missing()
     return supports_triton(device) or shape_reason(elements)
 
 
 def _supports(x: Tensor, *others: Tensor | float | None, noise: bool = False) -> Reason | None:
-    if not torch.compiler.is_compiling() and transformed():
+    if transformed():
         return TRANSFORMED
     tensors = [t for t in others if isinstance(t, Tensor)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors)):

@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..device import device_of, interpreting
+from ..device import device_of
 from ..launch import run
-from ..tags import TAGS
+from ..operators import TAGS, register
 from . import reference
 from .launches import dense_like, launches_forward, launches_noise, readable
 
@@ -104,15 +104,4 @@ _IMPLEMENTATIONS: dict[str, tuple[Any, Any, Any]] = {
     "sampler_step": (_fake_step, _triton_step, _plain_step),
     "finish_images": (_fake_finish, _triton_finish, reference.finish_images),
 }
-for _name, (_fake, _on_gpu, _plainly) in _IMPLEMENTATIONS.items():
-    torch.library.register_fake(f"sign_fast::{_name}", _fake, lib=_library)
-    _library.impl(_name, _on_gpu, "CUDA")
-    _library.impl(_name, _plainly, "CompositeExplicitAutograd")  # the C++ extension takes the CPU's place
-_OPERATORS = {name: getattr(torch.ops.sign_fast, name).default for name in _IMPLEMENTATIONS}
-
-
-def call(name: str, *arguments: Any) -> Tensor:
-    """The operator, or in Triton's interpreter its GPU version on the CPU's tensors."""
-    if interpreting() and arguments[0].is_cpu and not torch.compiler.is_compiling():
-        return _IMPLEMENTATIONS[name][1](*arguments)  # type: ignore[no-any-return]
-    return _OPERATORS[name](*arguments)  # type: ignore[no-any-return]
+call = register(_library, _IMPLEMENTATIONS)

@@ -1,0 +1,39 @@
+"""How every operation becomes torch.ops: definition, shapes, implementations, and the call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from .device import interpreting
+
+# the kernels step through memory by the strides that were traced: a compiler may not choose others
+TAGS = (torch.Tag.needs_exact_strides,)
+
+
+def register(
+    library: torch.library.Library,
+    implementations: Mapping[str, tuple[Any, Any, Any]],
+    cpu: str = "CompositeExplicitAutograd",
+) -> Callable[..., Any]:
+    """Implement the defined operators: {name: (shapes, Triton, CPU)}.
+
+    cpu is the third one's dispatch key; as it stands it is plain torch, whose place the C++ extension takes on the CPU.
+
+    Returns:
+        call(name, *arguments): the operator, or in Triton's interpreter its GPU version on the CPU's tensors.
+    """
+    for name, (shapes, on_gpu, on_cpu) in implementations.items():
+        torch.library.register_fake(f"sign_fast::{name}", shapes, lib=library)
+        library.impl(name, on_gpu, "CUDA")
+        library.impl(name, on_cpu, cpu)
+    operators = {name: getattr(torch.ops.sign_fast, name).default for name in implementations}
+
+    def call(name: str, *arguments: Any) -> Any:
+        if interpreting() and arguments[0].is_cpu and not torch.compiler.is_compiling():
+            return implementations[name][1](*arguments)
+        return operators[name](*arguments)
+
+    return call
