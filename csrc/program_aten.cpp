@@ -1,0 +1,194 @@
+// A program by ATen operators and the library's own: on a GPU, and on the CPU in 16 bits.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/avg_pool2d.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/conv2d.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/scaled_dot_product_attention.h>
+#include <ATen/ops/upsample_nearest2d.h>
+
+#include "program.h"
+#include "program_filter.h"
+
+namespace sign_fast {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+using NormSignature = Tensor(const Tensor&, const OptionalTensor&, int64_t, const OptionalTensor&,
+                             const OptionalTensor&, double, const OptionalTensor&, const OptionalTensor&,
+                             const OptionalTensor&, const OptionalTensor&, bool);
+using JoinSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, double, int64_t,
+                                                 const OptionalTensor&, const OptionalTensor&, double, bool);
+using AttentionSignature = Tensor(const Tensor&, int64_t, bool);
+using StepSignature = Tensor(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                             const OptionalTensor&, c10::SymInt, const OptionalTensor&, const OptionalTensor&);
+
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+// (B, C, H, W) channels_last -> (B·H·W, C), a view
+Tensor pixels(const Tensor& x) { return x.permute({0, 2, 3, 1}).reshape({-1, x.size(1)}); }
+
+class AtenExecutor final : public Executor {
+ public:
+  AtenExecutor(ProgramData data, at::ScalarType dtype) : data_(std::move(data)), uses_(data_.last_uses()), dtype_(dtype) {
+    folded_.resize(data_.operations.size());
+    for (size_t i = 0; i < data_.operations.size(); ++i)
+      if (const auto* o = std::get_if<ConvolutionOperation>(&data_.operations[i])) folded_[i] = fold(*o);
+  }
+
+  Tensor run(const Tensor& x, const Tensor& rows) override {
+    const at::NoGradGuard guard;
+    std::vector<Tensor> buffers(data_.buffers.size());
+    buffers[0] = x.to(dtype_).contiguous(at::MemoryFormat::ChannelsLast);
+    for (size_t i = 0; i < data_.operations.size(); ++i) {
+      std::visit([&](const auto& o) { apply(i, o, buffers, rows); }, data_.operations[i]);
+      for (int64_t b : uses_[i]) buffers[b].reset();
+    }
+    return buffers[data_.output];
+  }
+
+  Tensor denoise(const Tensor& x, const Tensor& rows, const Tensor& coefficients) override {
+    static const auto op = find<StepSignature>("sign_fast::sampler_step");
+    const at::NoGradGuard guard;
+    const Tensor state = x.to(at::kFloat);
+    const auto coefficient = [&](int64_t i) { return coefficients.narrow(0, i, 1); };
+    const Tensor f = run(state.mul(coefficient(2)), rows);
+    return op.call(state, f, coefficient(0), coefficient(1), {}, 0, {}, {});
+  }
+
+  int64_t bytes() const override {
+    int64_t sum = 0;
+    for (const Folded& f : folded_)
+      if (f.own) sum += static_cast<int64_t>(f.weight.nbytes());
+    return sum;
+  }
+
+ private:
+  // A convolution's constants with the factor of its residual sum multiplied in
+  struct Folded {
+    Tensor weight, second;  // (C_out, C_in, k, k), or (C_in, C_out) of each input where k is 1
+    OptionalTensor bias;
+    bool own = false;
+  };
+
+  ProgramData data_;
+  std::vector<std::vector<int64_t>> uses_;
+  at::ScalarType dtype_;
+  std::vector<Folded> folded_;
+
+  OptionalTensor constant(int64_t index) const {
+    return index == kNone ? std::nullopt : OptionalTensor(data_.constants[index]);
+  }
+
+  OptionalTensor buffer(const std::vector<Tensor>& buffers, int64_t index) const {
+    return index == kNone ? std::nullopt : OptionalTensor(buffers[index]);
+  }
+
+  Folded fold(const ConvolutionOperation& o) const {
+    Folded f;
+    f.weight = data_.constants[o.weight];
+    f.bias = constant(o.bias);
+    if (f.bias) f.bias = f.bias->to(dtype_);
+    if (o.scale != 1) {
+      f.weight = f.weight.mul(o.scale), f.own = true;
+      if (f.bias) f.bias = f.bias->mul(o.scale);
+    }
+    if (f.weight.size(2) != 1) return f;
+    const Tensor matrix = f.weight.flatten(1);
+    if (o.inputs.size() == 2) {
+      const int64_t first = data_.buffers[o.inputs[0]].channels;
+      f.second = matrix.narrow(1, first, matrix.size(1) - first).t();
+      f.weight = matrix.narrow(1, 0, first).t();
+    } else {
+      f.weight = matrix.t();
+    }
+    return f;
+  }
+
+  void apply(size_t i, const ConvolutionOperation& o, std::vector<Tensor>& buffers, const Tensor&) const {
+    const Folded& f = folded_[i];
+    const Buffer& out = data_.buffers[o.output];
+    std::vector<Tensor> inputs;
+    for (int64_t b : o.inputs) inputs.push_back(resampled(buffers[b], o.resampling, out));
+    Tensor y;
+    if (f.weight.dim() == 2) {
+      y = f.bias ? at::addmm(*f.bias, pixels(inputs[0]), f.weight) : at::mm(pixels(inputs[0]), f.weight);
+      if (inputs.size() == 2) y.addmm_(pixels(inputs[1]), f.second);
+      y = y.view({inputs[0].size(0), out.height, out.width, out.channels}).permute({0, 3, 1, 2});
+    } else {
+      const Tensor x = inputs.size() == 2 ? at::cat(inputs, 1) : inputs[0];
+      const at::IntArrayRef one{1, 1}, pad{o.padding, o.padding};
+      y = at::conv2d(x, f.weight, f.bias, one, pad);
+    }
+    if (o.residual != kNone) {
+      const Tensor& r = buffers[o.residual];
+      y.add_(o.residual_up ? resampled(r, Resampling::Up, out) : r, o.scale);
+    }
+    buffers[o.output] = y;
+  }
+
+  static Tensor resampled(const Tensor& x, Resampling resampling, const Buffer& out) {
+    if (resampling == Resampling::Up) {
+      const at::IntArrayRef size{out.height, out.width};
+      return at::upsample_nearest2d(x, size);
+    }
+    const at::IntArrayRef two{2, 2};
+    return resampling == Resampling::Down ? at::avg_pool2d(x, two) : x;
+  }
+
+  void apply(size_t, const FilterOperation& o, std::vector<Tensor>& buffers, const Tensor&) const {
+    Tensor y = resample(buffers[o.input], *constant(o.filter), o.up, o.padding);
+    if (const OptionalTensor bias = constant(o.bias)) y.add_(bias->to(dtype_).view({1, -1, 1, 1}));
+    y = add_residual(y, buffer(buffers, o.residual), o.scale);
+    buffers[o.output] = y.contiguous(at::MemoryFormat::ChannelsLast);
+  }
+
+  void apply(size_t, const NormOperation& o, std::vector<Tensor>& buffers, const Tensor& rows) const {
+    static const auto op = find<NormSignature>("sign_fast::group_norm_silu");
+    const auto column = [&](const Columns& c) {
+      return c ? OptionalTensor(rows.narrow(1, c.start, c.stop - c.start)) : std::nullopt;
+    };
+    const OptionalTensor second = buffer(buffers, o.inputs.size() == 2 ? o.inputs[1] : kNone);
+    buffers[o.output] =
+        op.call(buffers[o.inputs[0]], second, o.groups, constant(o.weight), constant(o.bias), o.eps, column(o.emb),
+                constant(o.input_bias), column(o.scale), column(o.shift), o.silu);
+  }
+
+  void apply(size_t, const JoinNormOperation& o, std::vector<Tensor>& buffers, const Tensor&) const {
+    static const auto op = find<JoinSignature>("sign_fast::residual_group_norm_silu");
+    std::tie(buffers[o.sum], buffers[o.output]) =
+        op.call(buffers[o.input], buffers[o.skip], constant(o.join_bias), o.skip_scale, o.groups, constant(o.weight),
+                constant(o.bias), o.eps, o.silu);
+  }
+
+  void apply(size_t, const AttentionOperation& o, std::vector<Tensor>& buffers, const Tensor&) const {
+    const Tensor& qkv = buffers[o.input];
+    if (qkv.is_cuda()) {
+      static const auto op = find<AttentionSignature>("sign_fast::projected_attention");
+      buffers[o.output] = op.call(qkv, o.heads, false);
+      return;
+    }
+    const Buffer& out = data_.buffers[o.output];
+    const int64_t batch = qkv.size(0), tokens = out.height * out.width;
+    const Tensor rows = qkv.permute({0, 2, 3, 1}).reshape({batch, tokens, 3, o.heads, out.channels / o.heads});
+    const auto part = [&](int64_t which) { return rows.select(2, which).transpose(1, 2); };
+    const Tensor y = at::scaled_dot_product_attention(part(0), part(1), part(2));  // (B, heads, T, d)
+    buffers[o.output] =
+        y.transpose(1, 2).reshape({batch, out.height, out.width, out.channels}).permute({0, 3, 1, 2});
+  }
+};
+
+}  // namespace
+
+std::unique_ptr<Executor> aten_executor(ProgramData data, at::ScalarType dtype) {
+  return std::make_unique<AtenExecutor>(std::move(data), dtype);
+}
+
+}  // namespace sign_fast

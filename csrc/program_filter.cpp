@@ -1,0 +1,37 @@
+#include "program_filter.h"
+
+#include <ATen/ops/conv2d.h>
+#include <ATen/ops/conv_transpose2d.h>
+
+namespace sign_fast {
+
+using at::Tensor;
+
+Tensor add_residual(Tensor y, const std::optional<Tensor>& residual, double scale) {
+  if (residual) y.add_(*residual);
+  if (scale != 1) y.mul_(scale);
+  return y;
+}
+
+Tensor resample(const Tensor& x, const Tensor& kernel, bool up, int64_t padding) {
+  const int64_t channels = x.size(1), size = kernel.size(0);
+  const Tensor weight = kernel.to(x.scalar_type()).expand({channels, 1, size, size});
+  const at::IntArrayRef two{2, 2}, pad{padding, padding};
+  if (up) return at::conv_transpose2d(x, weight, {}, two, pad, 0, channels);
+  return at::conv2d(x, weight, {}, two, pad, 1, channels);
+}
+
+void filter(const Tensor& x, const Tensor& kernel, bool up, int64_t padding, const std::optional<Tensor>& bias,
+            const std::optional<Tensor>& residual, double scale, const Tensor& y) {
+  Tensor r = resample(x, kernel, up, padding);
+  if (bias) r.add_(bias->to(r.scalar_type()).view({1, -1, 1, 1}));
+  y.copy_(add_residual(r, residual, scale));
+}
+
+void padded_convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t padding,
+                        const std::optional<Tensor>& residual, double scale, const Tensor& y) {
+  const at::IntArrayRef one{1, 1}, pad{padding, padding};
+  y.copy_(add_residual(at::conv2d(x, weight, bias, one, pad), residual, scale));
+}
+
+}  // namespace sign_fast
