@@ -10,8 +10,19 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_LAZY = {"ImageGenerator": "sign_fast.sampling.generator"}
-_SUBMODULES = {"checkpoints", "data", "distill", "functional", "kernels", "metrics", "models", "nn", "sampling"}
+_LAZY = {"ImageGenerator": "sign_fast.sampling.generator", "optimize": "sign_fast.inference.optimized"}
+_SUBMODULES = {
+    "checkpoints",
+    "data",
+    "distill",
+    "functional",
+    "inference",
+    "kernels",
+    "metrics",
+    "models",
+    "nn",
+    "sampling",
+}
 
 
 def __getattr__(name: str) -> Any:

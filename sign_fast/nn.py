@@ -115,19 +115,19 @@ class Conv2d(nn.Module):
         f = torch.outer(r, r)[None, None] / r.sum() ** 2
         self.register_buffer("resample_filter", f if up or down else None)
         # [1, 1] is nearest-neighbour up and 2×2 mean down, for which there are operations of their own
-        self._box = list(resample_filter) == [1, 1]
+        self.box = list(resample_filter) == [1, 1]
 
     def _filter(self, x: Tensor) -> Tensor:
         assert self.resample_filter is not None
         return self.resample_filter.to(x.dtype).tile([x.shape[1], 1, 1, 1])
 
     def _upsample(self, x: Tensor, padding: int) -> Tensor:
-        if self._box and padding == 0:
+        if self.box and padding == 0:
             return F.interpolate(x, scale_factor=2, mode="nearest")
         return F.conv_transpose2d(x, self._filter(x) * 4, stride=2, padding=padding, groups=x.shape[1])
 
     def _downsample(self, x: Tensor, padding: int) -> Tensor:
-        if self._box and padding == 0:
+        if self.box and padding == 0:
             return F.avg_pool2d(x, 2)
         return F.conv2d(x, self._filter(x), stride=2, padding=padding, groups=x.shape[1])
 

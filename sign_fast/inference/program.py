@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 from torch import Tensor
@@ -135,7 +136,22 @@ class Attention:
 Operation: TypeAlias = Convolution | Filter | Norm | JoinNorm | Attention
 
 
-@dataclass(frozen=True)
+def reads(operation: Operation) -> tuple[int, ...]:
+    """The buffers that an operation reads."""
+    match operation:
+        case Convolution(inputs=inputs, residual=residual):
+            return inputs if residual is None else (*inputs, residual)
+        case Filter(input=source, residual=residual):
+            return (source,) if residual is None else (source, residual)
+        case Norm(inputs=inputs):
+            return inputs
+        case JoinNorm(input=source, skip=skip):
+            return source, skip
+        case Attention(input=source):
+            return (source,)
+
+
+@dataclass(frozen=True, eq=False)
 class Program:
     """Operations in order, what they read and write, and the constants.
 
@@ -152,3 +168,13 @@ class Program:
     constants: tuple[Tensor, ...]
     output: int
     width: int
+
+    @cached_property
+    def dead(self) -> tuple[tuple[int, ...], ...]:
+        """For each operation the buffers that nothing reads after it."""
+        last = {buffer: i for i, operation in enumerate(self.operations) for buffer in reads(operation)}
+        last.pop(self.output, None)
+        groups: list[list[int]] = [[] for _ in self.operations]
+        for buffer, i in last.items():
+            groups[i].append(buffer)
+        return tuple(tuple(group) for group in groups)

@@ -7,6 +7,7 @@ import os
 import torch
 
 from ..nn import Conv2d, FourierEmbedding, GroupNorm, Linear, PositionalEmbedding
+from .idempotent import IdempotentPrecond
 from .precond import EDMPrecond, Precond, VEPrecond, VPPrecond, iDDPMPrecond
 from .presets import create, preset_names
 from .unet_block import UNetBlock
@@ -37,6 +38,7 @@ __all__ = [
     "EDMPrecond",
     "FourierEmbedding",
     "GroupNorm",
+    "IdempotentPrecond",
     "Linear",
     "PositionalEmbedding",
     "Precond",

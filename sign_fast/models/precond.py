@@ -12,7 +12,7 @@ from .. import functional
 from .unets import DhariwalUNet, SongUNet
 
 _NETWORKS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
-_INNER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INNER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Precond(nn.Module):
@@ -96,12 +96,13 @@ class Precond(nn.Module):
         outer = torch.float64 if inner == torch.float64 else torch.float32
         x = x.to(outer)
         sigma = torch.as_tensor(sigma, device=x.device).to(outer).reshape(-1, 1, 1, 1)
-        labels = self._labels(class_labels, x.device, outer)
+        labels = self.labels(class_labels, x.device, outer)
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
         f = self.model((c_in * x).to(inner), c_noise.flatten(), class_labels=labels, **model_kwargs)
         return functional.precondition(x, f[:, : self.img_channels], c_skip, c_out)
 
-    def _labels(self, class_labels: Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    def labels(self, class_labels: Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+        """class_labels as the inner network reads them, (B or 1, label_dim): zeros for None, None without classes."""
         if self.label_dim == 0:
             return None
         if class_labels is None:
@@ -118,7 +119,7 @@ class Precond(nn.Module):
 
 
 def _checked(dtype: torch.dtype | None) -> torch.dtype | None:
-    if dtype is not None and dtype not in _INNER_DTYPES:
+    if dtype is not None and dtype not in INNER_DTYPES:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, not {dtype}")
     return dtype
 
@@ -298,6 +299,11 @@ class EDMPrecond(Precond):
         self.sigma_data = sigma_data
 
     def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        s = self.sigma_data
-        total = sigma**2 + s**2
-        return s**2 / total, sigma * s / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4
+        return edm_coefficients(sigma, self.sigma_data)
+
+
+def edm_coefficients(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """EDM's (c_skip, c_out, c_in, c_noise), see `EDMPrecond`."""
+    s = sigma_data
+    total = sigma**2 + s**2
+    return s**2 / total, sigma * s / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4

@@ -9,10 +9,12 @@ from importlib.resources import files
 from typing import Any
 
 from ..errors import SignFastError
+from .idempotent import IdempotentPrecond
 from .precond import EDMPrecond, Precond, VEPrecond, VPPrecond, iDDPMPrecond
 
 CLASSES: dict[str, type[Precond]] = {
     "EDMPrecond": EDMPrecond,
+    "IdempotentPrecond": IdempotentPrecond,
     "VEPrecond": VEPrecond,
     "VPPrecond": VPPrecond,
     "iDDPMPrecond": iDDPMPrecond,
@@ -45,19 +47,22 @@ def preset(name: str) -> tuple[str, dict[str, Any]]:
     return entry["cls"], json.loads(json.dumps(entry["kwargs"]))
 
 
-def create(preset_name: str, **overrides: Any) -> Precond:
+def create(preset_name: str, *, cls: str | None = None, **overrides: Any) -> Precond:
     """A network with fresh weights, by name.
 
     Args:
         preset_name: one of `preset_names()`, e.g. "cifar10-uncond-vp".
+        cls: another class than the preset's, e.g. "IdempotentPrecond" for the student of such a teacher.
         overrides: replace or add constructor arguments, e.g. dropout=0, dtype=torch.bfloat16.
 
     Returns:
         The preconditioned network, in training mode on the CPU, weights drawn from torch's default generator.
 
     Raises:
-        SignFastError: unknown name.
+        SignFastError: unknown name or class.
         TypeError: an override that no constructor knows.
     """
-    cls, kwargs = preset(preset_name)
-    return CLASSES[cls](**{**kwargs, **overrides})
+    own_cls, kwargs = preset(preset_name)
+    if cls is not None and cls not in CLASSES:
+        raise SignFastError(f"unknown class {cls!r}: known: {', '.join(CLASSES)}")
+    return CLASSES[cls or own_cls](**{**kwargs, **overrides})

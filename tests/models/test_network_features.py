@@ -184,7 +184,7 @@ def test_box_resampling_is_the_filter(up, down):
     x = normal(1, 2, 6, 8, 8)
     layer = models.Conv2d(6, 6, 0, up=up, down=down)
     f = layer.resample_filter.tile([6, 1, 1, 1])
-    assert layer._box
+    assert layer.box
     if up:
         want = torch.nn.functional.conv_transpose2d(x, f * 4, stride=2, groups=6)
     else:

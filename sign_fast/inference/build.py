@@ -1,0 +1,391 @@
+"""From a network of `sign_fast.models` to its `Program`: topology laid out flat, constants folded in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ..models.precond import Precond
+from ..models.unet_block import UNetBlock
+from ..models.unets import DhariwalUNet, SongUNet
+from ..nn import Conv2d, GroupNorm
+from .program import Attention, Buffer, Columns, Convolution, Filter, JoinNorm, Norm, Operation, Program, Resampling
+
+
+def affine_columns(model: SongUNet | DhariwalUNet) -> dict[UNetBlock, Columns]:
+    """Where each block's affine stands in the conditioning rows: one after the other, in the order of execution."""
+    columns, start = {}, 0
+    for block in model.modules():
+        if isinstance(block, UNetBlock):
+            columns[block] = Columns(start, start + block.affine.out_features)
+            start += block.affine.out_features
+    return columns
+
+
+def build(net: Precond, dtype: torch.dtype, *, into: Sequence[Tensor] | None = None, consume: bool = False) -> Program:
+    """The inner network as a `Program`, in eval mode.
+
+    What is folded: the bias of a block's first convolution into the norm after it (into the affine's bias where that
+    is added there, see `conditioning`); the bias of a 1×1 skip into that of the convolution it is added to; of
+    attention's projection the bias of k, which no softmax sees, away and the bias of v through the output projection.
+
+    Args:
+        net: on any device, meta too; not changed, but by `consume`.
+        dtype: of the convolutions' weights; norms and biases are float32 (float64 if dtype is).
+        into: constants of an earlier build of the same structure, filled anew in place instead of made.
+        consume: free each parameter as soon as it is folded.
+
+    Returns:
+        The program; its output is (B, img_channels, H, W), without the network's further channels.
+    """
+    builder = _Builder(net, dtype, into, consume)
+    output = builder.song(net.model) if isinstance(net.model, SongUNet) else builder.dhariwal(net.model)
+    width = sum(c.stop - c.start for c in builder.columns.values())
+    return Program(tuple(builder.operations), tuple(builder.buffers), tuple(builder.constants), output, width)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of norms, biases and the embedding, where convolutions are in `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def release(*parameters: Tensor | None) -> None:
+    """Free the memory of parameters that will not be used again."""
+    for p in parameters:
+        if p is not None:
+            p.data = p.data.new_empty(0)
+
+
+class _Builder:
+    def __init__(self, net: Precond, dtype: torch.dtype, into: Sequence[Tensor] | None, consume: bool) -> None:
+        size = net.img_resolution
+        self.channels = net.img_channels
+        self.dtype = dtype
+        self.wide = wide_dtype(dtype)
+        self.into = into
+        self.consume = consume
+        self.columns = affine_columns(net.model)
+        self.buffers = [Buffer(net.img_channels, size, size)]
+        self.operations: list[Operation] = []
+        self.constants: list[Tensor] = []
+
+    # ---- constants ----
+
+    def constant(self, value: Tensor, dtype: torch.dtype) -> int:
+        index = len(self.constants)
+        value = value.detach()
+        if self.into is not None:
+            self.into[index].copy_(value)
+            self.constants.append(self.into[index])
+            return index
+        last = value.ndim == 4 and (value.is_cuda or dtype.itemsize == 2)
+        layout = torch.channels_last if last else torch.contiguous_format
+        # without `consume` a copy always: the constants are nobody else's
+        made = value.to(dtype, memory_format=layout, copy=not self.consume)
+        self.constants.append(made.contiguous(memory_format=layout))
+        return index
+
+    def bias(self, *terms: Tensor | None) -> int | None:
+        """The sum of vectors, as a constant; None where there are none."""
+        given = [t.detach().double() for t in terms if t is not None]
+        return self.constant(sum(given[1:], given[0]), self.wide) if given else None
+
+    def done(self, *modules: nn.Module | None) -> None:
+        """The parameters of these modules are folded."""
+        if self.consume:
+            release(*(p for m in modules if m is not None for p in m.parameters(recurse=False)))
+
+    # ---- operations ----
+
+    def buffer(self, channels: int, height: int, width: int) -> int:
+        self.buffers.append(Buffer(channels, height, width))
+        return len(self.buffers) - 1
+
+    def norm(
+        self,
+        inputs: tuple[int, ...],
+        layer: GroupNorm,
+        *,
+        silu: bool = True,
+        input_bias: int | None = None,
+        emb: Columns | None = None,
+        scale: Columns | None = None,
+        shift: Columns | None = None,
+    ) -> int:
+        first = self.buffers[inputs[0]]
+        output = self.buffer(sum(self.buffers[i].channels for i in inputs), first.height, first.width)
+        weight, bias = self.constant(layer.weight, self.wide), self.constant(layer.bias, self.wide)
+        self.done(layer)
+        self.operations.append(
+            Norm(inputs, output, layer.num_groups, layer.eps, weight, bias, input_bias, emb, scale, shift, silu)
+        )
+        return output
+
+    def convolution(
+        self,
+        inputs: tuple[int, ...],
+        weight: Tensor,
+        bias: int | None = None,
+        *,
+        padding: int | None = None,
+        resampling: Resampling = "none",
+        residual: int | None = None,
+        residual_up: bool = False,
+        scale: float = 1.0,
+    ) -> int:
+        """Of a weight (C_out, C_in, k, k); padding None keeps height and width."""
+        first, kernel = self.buffers[inputs[0]], weight.shape[-1]
+        padding = kernel // 2 if padding is None else padding
+        grown = 2 * padding - kernel + 1
+        height, width = (
+            (n * 2 if resampling == "up" else n // 2 if resampling == "down" else n) + grown
+            for n in (first.height, first.width)
+        )
+        output = self.buffer(weight.shape[0], height, width)
+        index = self.constant(weight, self.dtype)
+        self.operations.append(
+            Convolution(inputs, output, index, bias, padding, resampling, residual, residual_up, scale)
+        )
+        return output
+
+    def filter(
+        self,
+        source: int,
+        layer: Conv2d,
+        padding: int,
+        bias: int | None = None,
+        residual: int | None = None,
+        scale: float = 1.0,
+    ) -> int:
+        """The layer's resampling filter alone, a transposed convolution with gain 4 for `up`."""
+        assert layer.resample_filter is not None
+        taps = layer.resample_filter[0, 0]
+        size, old = taps.shape[-1], self.buffers[source]
+        if layer.up:
+            height, width = (2 * (n - 1) + size - 2 * padding for n in (old.height, old.width))
+        else:
+            height, width = ((n + 2 * padding - size) // 2 + 1 for n in (old.height, old.width))
+        output = self.buffer(old.channels, height, width)
+        index = self.constant(taps * 4 if layer.up else taps, self.wide)
+        self.operations.append(Filter(source, output, index, layer.up, padding, bias, residual, scale))
+        return output
+
+    def layer(
+        self,
+        inputs: tuple[int, ...],
+        layer: Conv2d,
+        bias: int | None,
+        *,
+        rows: int | None = None,
+        residual: int | None = None,
+        residual_up: bool = False,
+        scale: float = 1.0,
+    ) -> int:
+        """A `Conv2d` with a kernel, resampling included; `rows` keeps its first outputs only."""
+        assert layer.weight is not None
+        weight = layer.weight if rows is None else layer.weight[:rows]
+        w_pad = weight.shape[-1] // 2
+        f_pad = 0 if layer.resample_filter is None else _f_pad(layer)
+        resampling: Resampling = "up" if layer.up else "down" if layer.down else "none"
+        padding = w_pad
+        if layer.down and layer.fused_resample:
+            wide = self.convolution(inputs, weight, padding=w_pad + f_pad)
+            output = self.filter(wide, layer, 0, bias, residual, scale)
+            self.done(layer)
+            return output
+        if resampling != "none" and not is_box(layer):
+            fused = layer.up and layer.fused_resample
+            inputs = (self.filter(self.joined(inputs), layer, max(f_pad - w_pad, 0) if fused else f_pad),)
+            padding = max(w_pad - f_pad, 0) if fused else w_pad
+            resampling = "none"
+        output = self.convolution(
+            inputs,
+            weight,
+            bias,
+            padding=padding,
+            resampling=resampling,
+            residual=residual,
+            residual_up=residual_up,
+            scale=scale,
+        )
+        self.done(layer)
+        return output
+
+    def joined(self, inputs: tuple[int, ...]) -> int:
+        """One buffer with the concatenation, which only unusual networks need: a 1×1 convolution with the identity."""
+        if len(inputs) == 1:
+            return inputs[0]
+        channels = sum(self.buffers[i].channels for i in inputs)
+        device = self.constants[0].device
+        return self.convolution(inputs, torch.eye(channels, device=device)[:, :, None, None])
+
+    # ---- networks ----
+
+    def block(self, inputs: tuple[int, ...], block: UNetBlock) -> int:
+        columns, conv0 = self.columns[block], block.conv0
+        h = self.norm(inputs, block.norm0)
+        # the Linear that made the columns has conv0's bias in its own where they are added before the norm
+        input_bias = self.bias(conv0.bias) if block.adaptive_scale else None
+        h = self.layer((h,), conv0, None)
+        if block.adaptive_scale:
+            middle = (columns.start + columns.stop) // 2
+            scale, shift = Columns(columns.start, middle), Columns(middle, columns.stop)
+            h = self.norm((h,), block.norm1, input_bias=input_bias, scale=scale, shift=shift)
+        else:
+            h = self.norm((h,), block.norm1, emb=columns)
+        residual, residual_up, skip_bias = self.skip(inputs, block.skip)
+        bias = self.bias(block.conv1.bias, skip_bias)
+        sums = {"residual": residual, "residual_up": residual_up, "scale": float(block.skip_scale)}
+        h = self.layer((h,), block.conv1, bias, **sums)  # type: ignore[arg-type]
+        self.done(block.skip)
+        return self.attention(h, block) if block.num_heads else h
+
+    def skip(self, inputs: tuple[int, ...], layer: Conv2d | None) -> tuple[int, bool, Tensor | None]:
+        """(residual, whether it is read upsampled, bias that is still to be added) of a block's skip."""
+        if layer is None:
+            return self.joined(inputs), False, None
+        weight = layer.weight
+        if layer.up:  # a 1×1 convolution and a resampling commute, and the convolution is cheaper before
+            source = self.joined(inputs) if weight is None else self.convolution(inputs, weight)
+            if is_box(layer):
+                return source, True, layer.bias
+            return self.filter(source, layer, _f_pad(layer)), False, layer.bias
+        if weight is None:
+            return self.filter(self.joined(inputs), layer, _f_pad(layer)), False, None
+        if layer.down and not is_box(layer):
+            return (
+                self.convolution((self.filter(self.joined(inputs), layer, _f_pad(layer)),), weight),
+                False,
+                layer.bias,
+            )
+        return self.convolution(inputs, weight, resampling="down" if layer.down else "none"), False, layer.bias
+
+    def attention(self, h: int, block: UNetBlock) -> int:
+        qkv, proj = block.qkv, block.proj
+        assert qkv.weight is not None and proj.weight is not None
+        channels = block.out_channels
+        normed = self.norm((h,), block.norm2, silu=False)
+        weight = qkv.weight.reshape(channels, 3, channels).transpose(0, 1).reshape(3 * channels, channels, 1, 1)
+        bias = moved = None
+        if qkv.bias is not None:
+            q, _, v = qkv.bias.detach().double().reshape(channels, 3).unbind(1)
+            bias = self.bias(torch.cat([q, torch.zeros_like(q), torch.zeros_like(q)]))
+            moved = proj.weight.detach().double().flatten(1) @ v
+        mixed = self.buffer(channels, self.buffers[h].height, self.buffers[h].width)
+        source = self.convolution((normed,), weight, bias)
+        self.operations.append(Attention(source, mixed, block.num_heads))
+        bias = self.bias(proj.bias, moved)
+        self.done(qkv)
+        return self.layer((mixed,), proj, bias, residual=h, scale=float(block.skip_scale))
+
+    def decoder_input(self, x: int, name: str, skips: list[int]) -> tuple[int, ...]:
+        return (x, skips.pop()) if "_block" in name else (x,)
+
+    def song(self, model: SongUNet) -> int:
+        skips: list[int] = []
+        x = aux = 0
+        for name, layer in model.enc.items():
+            if isinstance(layer, UNetBlock):
+                x = self.block((x,), layer)
+                skips.append(x)
+                continue
+            assert isinstance(layer, Conv2d)
+            if "_aux_down" in name:
+                aux = self.filter(aux, layer, _f_pad(layer))
+            elif "_aux_skip" in name:
+                x = skips[-1] = self.layer((aux,), layer, self.bias(layer.bias), residual=x)
+            elif "_aux_residual" in name:
+                x = skips[-1] = aux = self.layer((aux,), layer, self.bias(layer.bias), residual=x, scale=0.5**0.5)
+            else:
+                x = self.layer((x,), layer, self.bias(layer.bias))
+                skips.append(x)
+
+        out: int | None = None
+        out_up = False
+        normed = x
+        for name, layer in model.dec.items():
+            if isinstance(layer, UNetBlock):
+                x = self.block(self.decoder_input(x, name, skips), layer)
+            elif isinstance(layer, GroupNorm):
+                normed = self.norm((x,), layer)
+            elif "_aux_up" in name:
+                assert isinstance(layer, Conv2d) and out is not None
+                out_up = is_box(layer)
+                out = out if out_up else self.filter(out, layer, _f_pad(layer))
+            else:
+                assert isinstance(layer, Conv2d)
+                out = self.last((normed,), layer, out, out_up)
+                out_up = False
+        assert out is not None
+        return out
+
+    def dhariwal(self, model: DhariwalUNet) -> int:
+        skips: list[int] = []
+        x = 0
+        for layer in model.enc.values():
+            if isinstance(layer, UNetBlock):
+                x = self.block((x,), layer)
+            else:
+                assert isinstance(layer, Conv2d)
+                x = self.layer((x,), layer, self.bias(layer.bias))
+            skips.append(x)
+        for name, layer in model.dec.items():
+            assert isinstance(layer, UNetBlock)
+            x = self.block(self.decoder_input(x, name, skips), layer)
+        return self.last((self.norm((x,), model.out_norm),), model.out_conv, None, False)
+
+    def last(self, inputs: tuple[int, ...], layer: Conv2d, residual: int | None, residual_up: bool) -> int:
+        """A convolution that makes outputs of the network, of which the image's channels are wanted."""
+        bias = None if layer.bias is None else self.bias(layer.bias[: self.channels])
+        return self.layer(inputs, layer, bias, rows=self.channels, residual=residual, residual_up=residual_up)
+
+
+def is_box(layer: Conv2d) -> bool:
+    """Whether the layer's filter is [1, 1]: nearest-neighbour upsampling, the mean of 2×2 pixels."""
+    return layer.resample_filter is not None and layer.box
+
+
+def _f_pad(layer: Conv2d) -> int:
+    assert layer.resample_filter is not None
+    return (layer.resample_filter.shape[-1] - 1) // 2
+
+
+def fuse_joins(program: Program) -> Program:
+    """The program with each residual join done by the norm that follows it, where convolutions are a library's.
+
+    A convolution (or filter) with a residual whose output goes next into a norm of its own becomes the bare
+    convolution and a `JoinNorm`, which adds bias and residual on the way.
+    """
+    operations: list[Operation] = []
+    buffers = list(program.buffers)
+    for operation in program.operations:
+        last = operations[-1] if operations else None
+        if (
+            isinstance(operation, Norm)
+            and isinstance(last, Convolution | Filter)
+            and last.residual is not None
+            and not (isinstance(last, Convolution) and last.residual_up)
+            and operation.inputs == (last.output,)
+            and (operation.emb, operation.scale, operation.shift, operation.input_bias) == (None,) * 4
+        ):
+            bare = len(buffers)
+            buffers.append(buffers[last.output])
+            operations[-1] = replace(last, output=bare, bias=None, residual=None, scale=1.0)
+            operation = JoinNorm(
+                input=bare,
+                skip=last.residual,
+                sum=last.output,
+                output=operation.output,
+                skip_scale=last.scale,
+                join_bias=last.bias,
+                groups=operation.groups,
+                eps=operation.eps,
+                weight=operation.weight,
+                bias=operation.bias,
+                silu=operation.silu,
+            )
+        operations.append(operation)
+    return replace(program, operations=tuple(operations), buffers=tuple(buffers))
