@@ -1,0 +1,181 @@
+// Convolutions on the CPU: which algorithm, packing of weights, cutting into items for threads.
+#include "convolution.h"
+
+#include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <new>
+
+#include "convolution_kernel.h"
+
+namespace sign_fast {
+namespace {
+
+constexpr int64_t kLine = 64;               // bytes of a cache line
+constexpr int64_t kAlone = 2'000'000;       // multiplications below which a second thread does not pay
+constexpr int64_t kGrain = 250'000;         // multiplications a thread takes at least
+constexpr int64_t kCopyGrain = 16'384;      // floats a thread copies at least
+constexpr int64_t kChunk = 32;              // pixels of an item
+
+int64_t vector_size() {
+  static const int64_t size = choose_convolution_vector()();
+  return size;
+}
+
+float* align(float* p) {
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(p) + kLine - 1) / kLine * kLine);
+}
+
+template <typename Task>
+void launch(const Task& task, void (*kernel)(const Task&, int64_t, int64_t), int64_t items, int64_t work, int64_t alone,
+            int64_t grain) {
+  if (items == 0) return;
+  if (work < alone || items == 1 || at::get_num_threads() == 1) return kernel(task, 0, items);
+  at::parallel_for(0, items, std::max<int64_t>(1, grain * items / work),
+                   [&](int64_t begin, int64_t end) { kernel(task, begin, end); });
+}
+
+}  // namespace
+
+Resampling resampling_of(std::string_view name) {
+  if (name == "none") return Resampling::None;
+  if (name == "up") return Resampling::Up;
+  TORCH_CHECK(name == "down", "resampling must be none, up or down");
+  return Resampling::Down;
+}
+
+Algorithm algorithm_of(std::string_view name) {
+  if (name.empty()) return Algorithm::Automatic;
+  if (name == "direct") return Algorithm::Direct;
+  if (name == "phases") return Algorithm::Phases;
+  if (name == "winograd2") return Algorithm::Winograd2;
+  TORCH_CHECK(name == "winograd4", "algorithm must be empty, direct, phases, winograd2 or winograd4");
+  return Algorithm::Winograd4;
+}
+
+AlignedFloats::AlignedFloats(int64_t size)
+    : data_(static_cast<float*>(::operator new(size * sizeof(float), std::align_val_t(kLine)))), size_(size) {
+  std::fill_n(data(), size, 0.f);
+}
+
+void AlignedFloats::Free::operator()(float* p) const { ::operator delete(p, std::align_val_t(kLine)); }
+
+PackedConvolution::PackedConvolution(const float* weight, const float* bias, const ConvolutionShape& shape,
+                                     Algorithm algorithm)
+    : shape_(shape), algorithm_(algorithm), vectors_((shape.out_channels + vector_size() - 1) / vector_size()) {
+  TORCH_CHECK(shape.kernel == 1 || shape.kernel == 3, "the kernel must be 1×1 or 3×3");
+  TORCH_CHECK(shape.channels[0] > 0 && shape.channels[1] >= 0 && shape.out_channels > 0, "there must be channels");
+  TORCH_CHECK(shape.height > 0 && shape.width > 0, "there must be pixels");
+  const bool even = shape.height % 2 == 0 && shape.width % 2 == 0;
+  TORCH_CHECK(even || shape.resampling != Resampling::Up, "an upsampled image has even sides");
+  const bool phases = shape.kernel == 3 && shape.resampling == Resampling::Up;
+  if (algorithm == Algorithm::Automatic) algorithm_ = phases ? Algorithm::Phases : Algorithm::Direct;
+  TORCH_CHECK(phases || algorithm_ != Algorithm::Phases, "phases are those of a 3×3 convolution after upsampling");
+
+  bias_ = AlignedFloats(vectors_ * vector_size());
+  if (bias) std::copy_n(bias, shape.out_channels, bias_.data());
+  for (int64_t y = 0; y < shape.height && even; ++y)
+    for (int64_t x = 0; x < shape.width; ++x) residual_index_.push_back(y / 2 * (shape.width / 2) + x / 2);
+  pack_direct(weight);
+}
+
+void PackedConvolution::pack_direct(const float* weight) {
+  const int64_t k = shape_.kernel, in = in_channels(), size = vector_size();
+  const bool phases = algorithm_ == Algorithm::Phases, low = shape_.resampling == Resampling::Up && (phases || k == 1);
+  const int64_t taps = phases ? 2 : k, depth = taps * taps * in;  // a side, in all
+  weights_ = AlignedFloats((phases ? 4 : 1) * depth * vectors_ * size);
+  float* to = weights_.data();
+  for (int64_t phase = 0; phase < (phases ? 4 : 1); ++phase) {
+    // taps i … of a side that one tap of phase 0 or 1 stands for: {0}, {1, 2} and {0, 1}, {2}
+    const auto range = [&](int64_t side_phase, int64_t tap) -> std::pair<int64_t, int64_t> {
+      if (!phases) return {tap, tap + 1};
+      return tap == 0 ? std::pair<int64_t, int64_t>{0, 1 + side_phase} : std::pair<int64_t, int64_t>{1 + side_phase, 3};
+    };
+    for (int64_t i = 0; i < block_count(vectors_); ++i) {
+      const Block block = sign_fast::block(vectors_, i);
+      for (int64_t row = 0; row < taps; ++row)
+        for (int64_t column = 0; column < taps; ++column)
+          for (int64_t c = 0; c < in; ++c)
+            for (int64_t o = block.first * size; o < (block.first + block.vectors) * size; ++o, ++to) {
+              if (o >= shape_.out_channels) continue;
+              const auto [top, bottom] = range(phase / 2, row);
+              const auto [left, right] = range(phase % 2, column);
+              double sum = 0;
+              for (int64_t y = top; y < bottom; ++y)
+                for (int64_t x = left; x < right; ++x) sum += weight[((o * in + c) * k + y) * k + x];
+              *to = static_cast<float>(sum);
+            }
+    }
+  }
+  const int64_t height = low ? shape_.height / 2 : shape_.height, width = low ? shape_.width / 2 : shape_.width;
+  if (k == 3)
+    for (int64_t y = 0; y < height; ++y)
+      for (int64_t x = 0; x < width; ++x) input_index_.push_back(y * (width + 2) + x);
+  for (int64_t phase = 0; phase < 4 && low; ++phase)
+    for (int64_t y = 0; y < height; ++y)
+      for (int64_t x = 0; x < width; ++x)
+        output_index_.push_back((2 * y + phase / 2) * shape_.width + 2 * x + phase % 2);
+}
+
+int64_t PackedConvolution::scratch(int64_t batch) const {
+  if (shape_.kernel == 1 && shape_.resampling != Resampling::Down) return 0;
+  const int64_t divisor = algorithm_ == Algorithm::Phases ? 2 : 1, border = shape_.kernel / 2;
+  return batch * (shape_.height / divisor + 2 * border) * (shape_.width / divisor + 2 * border) * in_channels();
+}
+
+int64_t PackedConvolution::workspace(int64_t batch, int /*threads*/) const {
+  return scratch(batch) + kLine / sizeof(float);
+}
+
+int64_t PackedConvolution::bytes() const {
+  const size_t indices = input_index_.size() + output_index_.size() + residual_index_.size();
+  return static_cast<int64_t>(sizeof(float) * (weights_.size() + bias_.size()) + sizeof(int32_t) * indices);
+}
+
+void PackedConvolution::run(const ConvolutionArgs& args, float* workspace) const {
+  run_direct(args, align(workspace));
+}
+
+void PackedConvolution::run_direct(const ConvolutionArgs& args, float* copied) const {
+  static const auto copy = choose_convolution_copy();
+  static const auto direct = choose_convolution_direct();
+  const bool up = shape_.resampling == Resampling::Up, down = shape_.resampling == Resampling::Down;
+  const bool phases = algorithm_ == Algorithm::Phases, low = up && (phases || shape_.kernel == 1);
+  const int64_t height = low ? shape_.height / 2 : shape_.height, width = low ? shape_.width / 2 : shape_.width;
+  const int64_t in = in_channels(), border = shape_.kernel / 2, pixels = height * width;
+
+  DirectTask task{};
+  if (scratch(args.batch) > 0 || args.batch == 0) {
+    CopyTask source{{args.x[0], args.x[1]}, {shape_.channels[0], shape_.channels[1]}, args.batch, height, width, border,
+                    up && !low, down, copied};
+    const int64_t size = scratch(args.batch);
+    launch(source, copy, source.items(), size, 2 * kCopyGrain, kCopyGrain);
+    const int64_t row = (width + 2 * border) * in, taps = phases ? 2 : shape_.kernel;
+    for (int64_t s = 0; s < taps; ++s)  // the taps of a row lie next to each other
+      task.segments[s] = {copied + s * row, (height + 2 * border) * row, in, taps * in};
+    task.segment_count = taps;
+    task.phase_row = row, task.phase_column = in;
+  } else {
+    for (int64_t part = 0; part < 2 && shape_.channels[part] > 0; ++part) {
+      const int64_t channels = shape_.channels[part];
+      task.segments[task.segment_count++] = {args.x[part], pixels * channels, channels, channels};
+    }
+  }
+  task.weights = weights_.data();
+  task.depth = (phases ? 4 : shape_.kernel * shape_.kernel) * in;
+  task.vectors = vectors_;
+  task.input_index = input_index_.empty() ? nullptr : input_index_.data();
+  task.output_index = output_index_.empty() ? nullptr : output_index_.data();
+  task.batch = args.batch, task.pixels = pixels, task.chunk = kChunk;
+  task.phases = phases ? 4 : 1;
+  task.copies = low && !phases ? 4 : 1;
+  task.to = {bias_.data(), args.residual, args.residual_up ? residual_index_.data() : nullptr,
+             shape_.height * shape_.width / (args.residual_up ? 4 : 1), args.scale, args.y,
+             shape_.height * shape_.width, shape_.out_channels};
+  const int64_t work = args.batch * pixels * task.phases * task.depth * vectors_ * vector_size();
+  launch(task, direct, task.items(), work, kAlone, kGrain);
+}
+
+}  // namespace sign_fast

@@ -1,0 +1,74 @@
+// What the convolution kernels read: raw pointers, so that their translation units need no tensor headers.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "capability.h"
+
+namespace sign_fast {
+
+// Output channels are cut into blocks of at most 3 vectors, as many accumulators as a tile of pixels leaves room for.
+struct Block {
+  int64_t first, vectors;
+};
+
+inline int64_t block_count(int64_t vectors) { return (vectors + 2) / 3; }
+
+// blocks of 3, and where one vector would remain, two blocks of 2 in place of 3 + 1
+inline Block block(int64_t vectors, int64_t i) {
+  const int64_t blocks = block_count(vectors), missing = 3 * blocks - vectors;  // the last `missing` blocks have 2
+  if (vectors == 1) return {0, 1};
+  const int64_t full = blocks - missing;
+  return {3 * std::min(i, full) + 2 * std::max<int64_t>(i - full, 0), i < full ? 3 : 2};
+}
+
+// Row r of the left operand is x + image·b + pixel·index[r], `length` long; segments follow each other in the sum.
+struct Segment {
+  const float* x;
+  int64_t image, pixel, length;
+};
+
+// y = (sum + bias + residual)·scale
+struct Epilogue {
+  const float* bias;      // whole vectors
+  const float* residual;  // or null
+  const int32_t* residual_index;  // residual pixel of each output pixel; null: the same
+  int64_t residual_pixels;
+  float scale;
+  float* y;
+  int64_t pixels, channels;
+};
+
+struct DirectTask {
+  Segment segments[3];
+  int64_t segment_count;
+  const float* weights;          // (phase, block, segment and its channel, vectors of the block)
+  int64_t depth, vectors;        // of a sum, of output channels
+  const int32_t* input_index;    // of each pixel
+  const int32_t* output_index;   // (phases or copies, pixels): where it goes; null: the same pixel
+  int64_t batch, pixels, chunk;  // chunk: pixels of an item
+  int64_t phases, phase_row, phase_column;  // phase 2·i + j shifts the input by i rows and j columns
+  int64_t copies;                           // of each result, to several pixels
+  Epilogue to;
+
+  int64_t chunks() const { return (pixels + chunk - 1) / chunk; }
+  int64_t items() const { return phases * block_count(vectors) * batch * chunks(); }
+};
+
+// The concatenated, resampled input with a border of zeros, (B, height + 2·border, width + 2·border, channels).
+struct CopyTask {
+  const float* x[2];
+  int64_t channels[2];
+  int64_t batch, height, width, border;  // height and width of the copy without border
+  bool up, down;
+  float* y;
+
+  int64_t items() const { return batch * (height + 2 * border); }
+};
+
+SIGN_FAST_DECLARE_KERNEL(convolution_direct, void, const DirectTask&, int64_t begin, int64_t end)
+SIGN_FAST_DECLARE_KERNEL(convolution_copy, void, const CopyTask&, int64_t begin, int64_t end)
+SIGN_FAST_DECLARE_KERNEL(convolution_vector, int64_t)  // floats of a vector
+
+}  // namespace sign_fast
