@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ..models.precond import iddpm_noise_levels
 from .edm import check_steps, churn, karras_sigmas
+from .loop import at_levels, draw_ahead, run_plan
+from .plan import Call, Combine, Levels, Plan, Step, terms
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,115 @@ def discretize(
     return [float(s) for s in karras_sigmas(num_steps, sigma_min, sigma_max, rho)]
 
 
+def ablation_plan(
+    num_steps: int = 18,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    rho: float = 7,
+    solver: Literal["heun", "euler"] = "heun",
+    discretization: Literal["vp", "ve", "iddpm", "edm"] = "edm",
+    schedule: Literal["vp", "ve", "linear"] = "linear",
+    scaling: Literal["vp", "none"] = "none",
+    epsilon_s: float = 1e-3,
+    C_1: float = 0.001,
+    C_2: float = 0.008,
+    M: int = 1000,
+    alpha: float = 1,
+    S_churn: float = 0,
+    S_min: float = 0,
+    S_max: float = float("inf"),
+    S_noise: float = 1,
+    *,
+    round_sigma: Callable[[Tensor], Tensor] = torch.as_tensor,
+    net_sigma_min: float = 0.0,
+    net_sigma_max: float = float("inf"),
+) -> Plan:
+    """`ablation_sampler` as a plan in float64, with one draw a step where S_churn > 0.
+
+    The states are z = x/s(t), which is what the network sees, so that scaling costs nothing but coefficients.
+
+    Args:
+        round_sigma, net_sigma_min, net_sigma_max: the network's.
+        others: as in `ablation_sampler`.
+
+    Raises:
+        ValueError: num_steps < 1, or an unknown choice.
+    """
+    check_steps(num_steps)
+    _one_of("solver", solver, ("heun", "euler"))
+    _one_of("discretization", discretization, ("vp", "ve", "iddpm", "edm"))
+    _one_of("schedule", schedule, ("vp", "ve", "linear"))
+    _one_of("scaling", scaling, ("vp", "none"))
+
+    original = vp_schedule(19.9, 0.1)
+    lowest = {"vp": original.sigma(epsilon_s), "ve": 0.02, "iddpm": 0.002, "edm": 0.002}
+    highest = {"vp": original.sigma(1), "ve": 100.0, "iddpm": 81.0, "edm": 80.0}
+    sigma_min = max(lowest[discretization] if sigma_min is None else sigma_min, net_sigma_min)
+    sigma_max = min(highest[discretization] if sigma_max is None else sigma_max, net_sigma_max)
+
+    # the β with σ(epsilon_s) = sigma_min and σ(1) = sigma_max
+    low, high = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
+    beta_d = 2 * (low / epsilon_s - high) / (epsilon_s - 1)
+    vp = vp_schedule(beta_d, high - 0.5 * beta_d)
+    chosen = {"vp": vp, "ve": ve_schedule(), "linear": linear_schedule()}[schedule]
+    scaled = scaling == "vp"
+
+    def s(t: float) -> float:
+        return 1 / math.sqrt(1 + chosen.sigma(t) ** 2) if scaled else 1.0
+
+    def s_derivative(t: float) -> float:
+        return -chosen.sigma(t) * chosen.derivative(t) * s(t) ** 3 if scaled else 0.0
+
+    def rounded(sigma: float) -> float:
+        return float(round_sigma(torch.tensor(sigma, dtype=torch.float64)))
+
+    sigmas = discretize(discretization, num_steps, sigma_min, sigma_max, rho, vp, epsilon_s, C_1, C_2, M)
+    t = [chosen.inverse(rounded(sigma)) for sigma in sigmas] + [0.0]
+    gammas = [churn(chosen.sigma(u), num_steps, S_churn, S_min, S_max) for u in t[:-1]]
+    t_hat = [chosen.inverse(rounded(chosen.sigma(u) * (1 + g))) for u, g in zip(t, gammas, strict=False)]
+
+    def slope(u: float) -> tuple[float, float]:
+        """(a, b) with dx/dt = s·(a·z − b·D(z; σ)) at time u (EDM, Algorithm 1, line 4)."""
+        rate = chosen.derivative(u) / chosen.sigma(u)
+        return rate + s_derivative(u) / s(u), rate
+
+    def noise(i: int) -> tuple[tuple[int, float], ...]:
+        if S_churn <= 0 or i == num_steps:
+            return ()
+        added = math.sqrt(max(chosen.sigma(t_hat[i]) ** 2 - chosen.sigma(t[i]) ** 2, 0.0))
+        return terms((i + 1, added * S_noise))
+
+    levels = Levels()
+    z, denoised, z_prime, denoised_prime = range(4)
+    steps: list[Step] = [Combine(z, (), ((0, chosen.sigma(t[0])), *noise(0)))]
+    for i, (u, v) in enumerate(zip(t_hat, t[1:], strict=True)):
+        h = v - u
+        a, b = slope(u)
+        to_next = s(u) / s(v)
+        steps.append(Call(denoised, z, levels.number(chosen.sigma(u))))
+        if solver == "euler" or i == num_steps - 1:
+            euler = terms((z, to_next * (1 + h * a)), (denoised, -to_next * h * b))
+            steps.append(Combine(z, euler, noise(i + 1)))
+            continue
+        p = u + alpha * h
+        a_prime, b_prime = slope(p)
+        to_prime, from_prime = s(u) / s(p), s(p) / s(v)
+        second = 1 / (2 * alpha)
+        first = 1 - second
+        predictor = terms((z, to_prime * (1 + alpha * h * a)), (denoised, -to_prime * alpha * h * b))
+        corrector = terms(
+            (z, to_next * (1 + h * first * a)),
+            (denoised, -to_next * h * first * b),
+            (z_prime, from_prime * h * second * a_prime),
+            (denoised_prime, -from_prime * h * second * b_prime),
+        )
+        steps.append(Combine(z_prime, predictor))
+        steps.append(Call(denoised_prime, z_prime, levels.number(chosen.sigma(p))))
+        steps.append(Combine(z, corrector, noise(i + 1)))
+    draws = num_steps + 1 if S_churn > 0 else 1
+    return Plan(tuple(steps), levels.values(), draws, registers=4, result=z)
+
+
 @torch.no_grad()
 def ablation_sampler(
     net: Any,
@@ -119,58 +230,26 @@ def ablation_sampler(
     Raises:
         ValueError: num_steps < 1, or an unknown choice.
     """
-    check_steps(num_steps)
-    _one_of("solver", solver, ("heun", "euler"))
-    _one_of("discretization", discretization, ("vp", "ve", "iddpm", "edm"))
-    _one_of("schedule", schedule, ("vp", "ve", "linear"))
-    _one_of("scaling", scaling, ("vp", "none"))
-
-    original = vp_schedule(19.9, 0.1)
-    lowest = {"vp": original.sigma(epsilon_s), "ve": 0.02, "iddpm": 0.002, "edm": 0.002}
-    highest = {"vp": original.sigma(1), "ve": 100.0, "iddpm": 81.0, "edm": 80.0}
-    sigma_min = max(lowest[discretization] if sigma_min is None else sigma_min, net.sigma_min)
-    sigma_max = min(highest[discretization] if sigma_max is None else sigma_max, net.sigma_max)
-
-    # the β with σ(epsilon_s) = sigma_min and σ(1) = sigma_max
-    low, high = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
-    beta_d = 2 * (low / epsilon_s - high) / (epsilon_s - 1)
-    vp = vp_schedule(beta_d, high - 0.5 * beta_d)
-    chosen = {"vp": vp, "ve": ve_schedule(), "linear": linear_schedule()}[schedule]
-    scaled = scaling == "vp"
-
-    def s(t: float) -> float:
-        return 1 / math.sqrt(1 + chosen.sigma(t) ** 2) if scaled else 1.0
-
-    def s_derivative(t: float) -> float:
-        return -chosen.sigma(t) * chosen.derivative(t) * s(t) ** 3 if scaled else 0.0
-
-    def rounded(sigma: float) -> float:
-        return float(net.round_sigma(torch.tensor(sigma, dtype=torch.float64)))
-
-    sigmas = discretize(discretization, num_steps, sigma_min, sigma_max, rho, vp, epsilon_s, C_1, C_2, M)
-    t = [chosen.inverse(rounded(sigma)) for sigma in sigmas] + [0.0]
-    gammas = [churn(chosen.sigma(u), num_steps, S_churn, S_min, S_max) for u in t[:-1]]
-    t_hat = [chosen.inverse(rounded(chosen.sigma(u) * (1 + g))) for u, g in zip(t, gammas, strict=False)]
-    t_prime = [u + alpha * (v - u) for u, v in zip(t_hat, t[1:], strict=True)]
-    calls = torch.tensor([[chosen.sigma(u) for u in t_hat], [chosen.sigma(u) for u in t_prime]], dtype=torch.float64)
-    calls = calls.to(latents.device)
-
-    def slope(x: Tensor, u: float, sigma: Tensor) -> Tensor:
-        denoised = net(x / s(u), sigma, class_labels).to(torch.float64)
-        rate = chosen.derivative(u) / chosen.sigma(u)
-        return (rate + s_derivative(u) / s(u)) * x - rate * s(u) * denoised
-
-    x = latents.to(torch.float64) * (chosen.sigma(t[0]) * s(t[0]))
-    for i in range(num_steps):
-        u, h = t_hat[i], t[i + 1] - t_hat[i]
-        x = x * (s(u) / s(t[i]))
-        if S_churn > 0:
-            added = math.sqrt(max(chosen.sigma(u) ** 2 - chosen.sigma(t[i]) ** 2, 0.0))
-            x = x + added * s(u) * S_noise * randn_like(x)
-        d = slope(x, u, calls[0, i])
-        if solver == "euler" or i == num_steps - 1:
-            x = x + h * d
-        else:
-            d_prime = slope(x + alpha * h * d, t_prime[i], calls[1, i])
-            x = x + h * ((1 - 1 / (2 * alpha)) * d + 1 / (2 * alpha) * d_prime)
-    return x
+    plan = ablation_plan(
+        num_steps,
+        sigma_min,
+        sigma_max,
+        rho,
+        solver,
+        discretization,
+        schedule,
+        scaling,
+        epsilon_s,
+        C_1,
+        C_2,
+        M,
+        alpha,
+        S_churn,
+        S_min,
+        S_max,
+        S_noise,
+        round_sigma=net.round_sigma,
+        net_sigma_min=net.sigma_min,
+        net_sigma_max=net.sigma_max,
+    )
+    return run_plan(plan, at_levels(net, plan, class_labels, latents.device), draw_ahead(plan, latents, randn_like))

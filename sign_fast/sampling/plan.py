@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from functools import cached_property
+from typing import Any, TypeAlias
 
 import torch
+
+from ..kernels import extension
 
 
 @dataclass(frozen=True)
 class Combine:
-    """state[target] = Σ coefficient·state[source] + Σ coefficient·noise[draw].
+    """state[target] = Σ coefficient·state[source] + Σ coefficient·noise[draw], in the plan's dtype.
 
     Args:
         target: register; may be one of the sources.
@@ -25,11 +28,14 @@ class Combine:
 
 @dataclass(frozen=True)
 class Call:
-    """state[target] = D(state[source]; levels[level])."""
+    """state[target] = D(state[source]; levels[level]), in the dtype that D gives."""
 
     target: int
     source: int
     level: int
+
+
+Step: TypeAlias = Combine | Call
 
 
 @dataclass(frozen=True)
@@ -39,14 +45,15 @@ class Plan:
     Args:
         steps: in order.
         levels: the second argument of each call: σ for a denoiser, unused by a time-free student.
-        draws: noises that are used, the latents (draw 0) among them; each has the images' shape.
+        draws: noises that are drawn, the latents (draw 0) among them; each has the images' shape. A step need not
+            use them all: the published samplers draw noise that they multiply with 0.
         registers: states, numbered from 0.
         result: the register that holds the images at the end.
-        dtype: of the states.
+        dtype: of the combinations.
         noise_dtype: in which draws 1, 2, … are drawn; the latents are float32.
     """
 
-    steps: tuple[Combine | Call, ...]
+    steps: tuple[Step, ...]
     levels: tuple[float, ...]
     draws: int
     registers: int
@@ -54,5 +61,36 @@ class Plan:
     dtype: torch.dtype = torch.float64
     noise_dtype: torch.dtype = torch.float64
 
+    @cached_property
+    def native(self) -> Any:
+        """The plan as the C++ loop takes it, made once; None where the extension is missing."""
+        module = extension.module()
+        if module is None:
+            return None
+        native = module.Plan(self.registers, self.draws, self.result, self.dtype)
+        for step in self.steps:
+            if isinstance(step, Combine):
+                native.combine(step.target, step.terms, step.noise)
+            else:
+                native.call(step.target, step.source, step.level)
+        return native
 
-Step: TypeAlias = Combine | Call
+
+class Levels:
+    """Numbers the noise levels of a plan that is being written; equal ones get one number."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[float, int] = {}
+
+    def number(self, level: float) -> int:
+        """The index of `level` in the plan's levels."""
+        return self._numbers.setdefault(level, len(self._numbers))
+
+    def values(self) -> tuple[float, ...]:
+        """The plan's levels."""
+        return tuple(self._numbers)
+
+
+def terms(*pairs: tuple[int, float]) -> tuple[tuple[int, float], ...]:
+    """The pairs (register or draw, coefficient) without those whose coefficient is 0."""
+    return tuple(pair for pair in pairs if pair[1] != 0)

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import functional
 from .edm import check_steps
+from .loop import at_levels, draw_ahead, run_plan
+from .plan import Call, Combine, Plan, Step, terms
 
 SIGMA_INIT = 2.5
 """Noise level of a one-step student's input (SiD)."""
@@ -44,6 +45,104 @@ def few_step_sigmas(num_steps: int, sigma_init: float = SIGMA_INIT) -> list[floa
     return [sigma_init * sigma / sigmas[0] for sigma in sigmas]
 
 
+def one_step_plan(sigma: float = SIGMA_INIT) -> Plan:
+    """`one_step` as a plan: float64 input, the network's output as it is."""
+    return few_step_plan(1, sigma)
+
+
+@lru_cache(maxsize=128)
+def few_step_plan(num_steps: int = 4, sigma: float = SIGMA_INIT, noise_dtype: torch.dtype = torch.float32) -> Plan:
+    """`few_step` as a plan: float64 inputs, noise_dtype draws, the network's last output as it is.
+
+    Raises:
+        ValueError: num_steps < 1.
+    """
+    levels = (sigma, *few_step_sigmas(num_steps, sigma)[1:])
+    steps: list[Step] = [Combine(0, (), ((0, sigma),)), Call(0, 0, 0)]
+    for i in range(1, num_steps):
+        steps += [Combine(0, ((0, 1.0),), ((i, levels[i]),)), Call(0, 0, i)]
+    return Plan(tuple(steps), levels, num_steps, registers=1, result=0, noise_dtype=noise_dtype)
+
+
+@lru_cache(maxsize=128)
+def few_step_latent_plan(
+    num_steps: int = 4,
+    prediction: Literal["epsilon", "flow"] = "epsilon",
+    noise: Literal["fresh", "fixed", "ddim"] = "fresh",
+    dtype: torch.dtype = torch.float32,
+) -> Plan:
+    """`few_step_latent` as a plan in the latents' dtype; the levels are the t_i.
+
+    With x = a·D + s·n and D = p·x − q·output, the next state is a'·D + s'·n', where "ddim" has n' = (x − a·D)/s: the
+    output itself for "epsilon", x + a·output for "flow".
+
+    Raises:
+        ValueError: num_steps < 1, or an unknown choice.
+    """
+    if prediction not in ("epsilon", "flow"):
+        raise ValueError(f"prediction must be epsilon or flow, not {prediction!r}")
+    if noise not in ("fresh", "fixed", "ddim"):
+        raise ValueError(f"noise must be fresh, fixed or ddim, not {noise!r}")
+    grid = few_step_grid(num_steps)
+    if prediction == "epsilon":
+        levels = tuple(float(t) for t in grid)
+        signals = [alpha_bars()[t] ** 0.5 for t in grid]
+        spreads = [(1 - alpha_bars()[t]) ** 0.5 for t in grid]
+    else:
+        levels = tuple(1 - i / num_steps for i in range(num_steps))
+        signals, spreads = [1 - t for t in levels], list(levels)
+
+    x, output = range(2)
+    steps: list[Step] = [Combine(x, (), ((0, spreads[0]),))]
+    for i in range(num_steps):
+        of_x, of_output = (1 / signals[i], -spreads[i] / signals[i]) if prediction == "epsilon" else (1.0, -spreads[i])
+        steps.append(Call(output, x, i))
+        if i == num_steps - 1:
+            steps.append(Combine(x, terms((x, of_x), (output, of_output))))
+            break
+        signal, spread = signals[i + 1], spreads[i + 1]
+        of_x, of_output = signal * of_x, signal * of_output
+        if noise == "ddim":
+            of_x, of_output = (
+                (of_x, of_output + spread)
+                if prediction == "epsilon"
+                else (of_x + spread, of_output + spread * signals[i])
+            )
+            drawn = ()
+        else:
+            drawn = ((i + 1 if noise == "fresh" else 0, spread),)
+        steps.append(Combine(x, terms((x, of_x), (output, of_output)), drawn))
+    draws = num_steps if noise == "fresh" else 1
+    return Plan(tuple(steps), levels, draws, registers=2, result=x, dtype=dtype, noise_dtype=dtype)
+
+
+@lru_cache(maxsize=128)
+def recursive_plan(num_steps: int = 1, dtype: torch.dtype = torch.float32) -> Plan:
+    """`recursive` as a plan; its one level, 0, means nothing.
+
+    Raises:
+        ValueError: num_steps < 1.
+    """
+    check_steps(num_steps)
+    steps: list[Step] = [Combine(0, (), ((0, 1.0),)), *[Call(0, 0, 0)] * num_steps]
+    return Plan(tuple(steps), (0.0,), 1, registers=1, result=0, dtype=dtype, noise_dtype=dtype)
+
+
+def multistep_plan(noise_levels: Sequence[float], dtype: torch.dtype = torch.float32) -> Plan:
+    """`multistep` as a plan; its one level, 0, means nothing.
+
+    Raises:
+        ValueError: a τ outside [0, 1].
+    """
+    if any(not 0 <= tau <= 1 for tau in noise_levels):
+        raise ValueError(f"noise levels must lie in [0, 1], not {list(noise_levels)}")
+    steps: list[Step] = [Combine(0, (), ((0, 1.0),)), Call(0, 0, 0)]
+    for i, tau in enumerate(noise_levels, 1):
+        steps += [Combine(0, terms((0, 1 - tau)), terms((i, tau))), Call(0, 0, 0)]
+    draws = 1 + len(noise_levels)
+    return Plan(tuple(steps), (0.0,), draws, registers=1, result=0, dtype=dtype, noise_dtype=dtype)
+
+
 @torch.no_grad()
 def one_step(net: Any, latents: Tensor, class_labels: Tensor | None = None, sigma: float = SIGMA_INIT) -> Tensor:
     """x = G(σ·z; σ) (SiD).
@@ -56,9 +155,8 @@ def one_step(net: Any, latents: Tensor, class_labels: Tensor | None = None, sigm
     Returns:
         (B, C, H, W) in the network's output dtype.
     """
-    level = torch.full([1], sigma, dtype=torch.float64, device=latents.device)[0]
-    images: Tensor = net(latents.to(torch.float64) * sigma, level, class_labels)
-    return images
+    plan = one_step_plan(sigma)
+    return run_plan(plan, at_levels(net, plan, class_labels, latents.device), [latents])
 
 
 @torch.no_grad()
@@ -83,13 +181,8 @@ def few_step(
     Raises:
         ValueError: num_steps < 1.
     """
-    levels = few_step_sigmas(num_steps, sigma)
-    images = one_step(net, latents, class_labels, sigma)
-    rest = torch.tensor(levels, dtype=torch.float64).to(latents.device)
-    for i in range(1, num_steps):
-        x = functional.renoise(images.to(torch.float64), randn_like(latents), 1.0, levels[i])
-        images = net(x, rest[i], class_labels)
-    return images
+    plan = few_step_plan(num_steps, sigma, latents.dtype)
+    return run_plan(plan, at_levels(net, plan, class_labels, latents.device), draw_ahead(plan, latents, randn_like))
 
 
 @torch.no_grad()
@@ -121,30 +214,10 @@ def few_step_latent(
     Raises:
         ValueError: num_steps < 1, or an unknown choice.
     """
-    if prediction not in ("epsilon", "flow"):
-        raise ValueError(f"prediction must be epsilon or flow, not {prediction!r}")
-    if noise not in ("fresh", "fixed", "ddim"):
-        raise ValueError(f"noise must be fresh, fixed or ddim, not {noise!r}")
-    batch = latents.shape[0]
-    grid = few_step_grid(num_steps)
-    denoised = torch.zeros_like(latents)
-    n = latents
-    for i in range(num_steps):
-        if prediction == "epsilon":
-            signal, spread = alpha_bars()[grid[i]] ** 0.5, (1 - alpha_bars()[grid[i]]) ** 0.5
-            t = torch.full([batch], grid[i], dtype=torch.int64, device=latents.device)
-        else:
-            spread = 1 - i / num_steps
-            signal = 1 - spread
-            t = torch.full([batch], spread, dtype=latents.dtype, device=latents.device)
-        if i and noise == "fresh":
-            n = randn_like(latents)
-        x = functional.renoise(denoised, n, signal, spread)
-        output = predict(x, t)
-        denoised = (x - spread * output) / signal if prediction == "epsilon" else x - spread * output
-        if noise == "ddim":
-            n = (x - signal * denoised) / spread
-    return denoised
+    plan = few_step_latent_plan(num_steps, prediction, noise, latents.dtype)
+    dtype = torch.int64 if prediction == "epsilon" else latents.dtype
+    t = [torch.full([latents.shape[0]], level, dtype=dtype, device=latents.device) for level in plan.levels]
+    return run_plan(plan, lambda x, level: predict(x, t[level]), draw_ahead(plan, latents, randn_like))
 
 
 @torch.no_grad()
@@ -159,11 +232,7 @@ def recursive(student: Callable[[Tensor], Tensor], latents: Tensor, num_steps: i
     Raises:
         ValueError: num_steps < 1.
     """
-    check_steps(num_steps)
-    x = latents
-    for _ in range(num_steps):
-        x = student(x)
-    return x
+    return run_plan(recursive_plan(num_steps, latents.dtype), lambda x, level: student(x), [latents])
 
 
 @torch.no_grad()
@@ -183,9 +252,5 @@ def multistep(
     Raises:
         ValueError: a τ outside [0, 1].
     """
-    if any(not 0 <= tau <= 1 for tau in noise_levels):
-        raise ValueError(f"noise levels must lie in [0, 1], not {list(noise_levels)}")
-    x = student(latents)
-    for tau in noise_levels:
-        x = student(functional.renoise(x, randn_like(x), 1 - tau, tau))
-    return x
+    plan = multistep_plan(noise_levels, latents.dtype)
+    return run_plan(plan, lambda x, level: student(x), draw_ahead(plan, latents, randn_like))
