@@ -8,6 +8,8 @@
 
 namespace sign_fast {
 
+void bind_program(pybind11::module_& m);
+
 Capability capability() {
   static const Capability chosen = [] {
     const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
@@ -40,4 +42,5 @@ PYBIND11_MODULE(_C, m) {
         }
       },
       "The instruction set chosen here: DEFAULT, AVX2 or AVX512.");
+  sign_fast::bind_program(m);
 }
