@@ -24,10 +24,6 @@ int64_t vector_size() {
   return size;
 }
 
-float* align(float* p) {
-  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(p) + kLine - 1) / kLine * kLine);
-}
-
 template <typename Task>
 void launch(const Task& task, void (*kernel)(const Task&, int64_t, int64_t), int64_t items, int64_t work, int64_t alone,
             int64_t grain) {
@@ -38,6 +34,10 @@ void launch(const Task& task, void (*kernel)(const Task&, int64_t, int64_t), int
 }
 
 }  // namespace
+
+float* align(float* p) {
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(p) + kLine - 1) / kLine * kLine);
+}
 
 Resampling resampling_of(std::string_view name) {
   if (name == "none") return Resampling::None;

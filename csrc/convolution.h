@@ -49,6 +49,9 @@ class AlignedFloats {
   int64_t size_ = 0;
 };
 
+// the first whole cache line from p on; 16 floats more than needed make room for it
+float* align(float* p);
+
 // y = (conv(resample(concat(x0, x1))) + bias + residual)·scale. What an image becomes depends on its batch and on the
 // number of threads in no bit.
 class PackedConvolution {

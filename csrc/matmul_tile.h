@@ -2,17 +2,14 @@
 // capability.h.
 #pragma once
 
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
-
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
+
+#include "pack.h"
 
 namespace sign_fast {
 namespace {
-
-using Vec = at::vec::Vectorized<float>;
-constexpr int64_t V = Vec::size();
 
 // Rows of a tile. With 3 vectors 24 of 32, or 12 of 16, registers are accumulators.
 #if defined(CPU_CAPABILITY_AVX512)
@@ -22,7 +19,7 @@ constexpr int64_t ROWS = 4;
 #endif
 
 // Products that a sum takes before it is set aside: bounds the rounding, as blocked summation does.
-constexpr int64_t RUN = 256;
+constexpr int64_t DEPTH = 256;
 
 template <int64_t NV>
 struct Tile {
@@ -33,9 +30,9 @@ struct Tile {
   // sum[r] += Σ_k x[r][k]·w[k·step …], where the whole sum will have depth terms
   inline __attribute__((always_inline)) void add(const float* const (&rows)[ROWS], const float* w, int64_t length,
                                                  int64_t step, int64_t depth) {
-    for (int64_t first = 0; first < length; first += RUN) {
-      const int64_t count = std::min(RUN, length - first);
-      if (filled_ + count > RUN && depth > RUN) set_aside();
+    for (int64_t first = 0; first < length; first += DEPTH) {
+      const int64_t count = std::min(DEPTH, length - first);
+      if (filled_ + count > DEPTH && depth > DEPTH) set_aside();
       filled_ += count;
       run(rows, first, w + first * step, count, step);
     }

@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_close
 from torch import Tensor
 
+from oracle import assert_close
 from sign_fast.kernels import extension
 
 pytestmark = pytest.mark.skipif(extension.module() is None, reason="needs the C++ extension")
