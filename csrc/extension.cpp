@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "capability.h"
+#include "sampler_loop.h"
 
 namespace sign_fast {
 
@@ -26,7 +27,7 @@ Capability capability() {
 }  // namespace sign_fast
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "CPU kernels of sign_fast, registered as torch.ops.sign_fast.*";
+  m.doc() = "sign_fast in C++: CPU kernels, registered as torch.ops.sign_fast.*, and the sampler loop";
   m.def(
       "capability",
       [] {
@@ -40,4 +41,5 @@ PYBIND11_MODULE(_C, m) {
         }
       },
       "The instruction set chosen here: DEFAULT, AVX2 or AVX512.");
+  sign_fast::bind_sampler_loop(m);
 }
