@@ -6,6 +6,7 @@
 
 #include "capability.h"
 #include "sampler_loop.h"
+#include "seeded_noise.h"
 
 namespace sign_fast {
 
@@ -27,7 +28,7 @@ Capability capability() {
 }  // namespace sign_fast
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "sign_fast in C++: CPU kernels, registered as torch.ops.sign_fast.*, and the sampler loop";
+  m.doc() = "sign_fast in C++: CPU kernels, registered as torch.ops.sign_fast.*, the sampler loop and seeded noise";
   m.def(
       "capability",
       [] {
@@ -42,4 +43,5 @@ PYBIND11_MODULE(_C, m) {
       },
       "The instruction set chosen here: DEFAULT, AVX2 or AVX512.");
   sign_fast::bind_sampler_loop(m);
+  sign_fast::bind_seeded_noise(m);
 }
