@@ -5,6 +5,8 @@
 #include <string_view>
 
 #include "capability.h"
+#include "sampler_loop.h"
+#include "seeded_noise.h"
 
 namespace sign_fast {
 
@@ -28,7 +30,7 @@ Capability capability() {
 }  // namespace sign_fast
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "CPU kernels of sign_fast, registered as torch.ops.sign_fast.*";
+  m.doc() = "sign_fast in C++: CPU kernels, registered as torch.ops.sign_fast.*, the sampler loop and seeded noise";
   m.def(
       "capability",
       [] {
@@ -43,4 +45,6 @@ PYBIND11_MODULE(_C, m) {
       },
       "The instruction set chosen here: DEFAULT, AVX2 or AVX512.");
   sign_fast::bind_program(m);
+  sign_fast::bind_sampler_loop(m);
+  sign_fast::bind_seeded_noise(m);
 }

@@ -94,24 +94,20 @@ def few_step_latent_plan(
 
     x, output = range(2)
     steps: list[Step] = [Combine(x, (), ((0, spreads[0]),))]
-    for i in range(num_steps):
-        of_x, of_output = (1 / signals[i], -spreads[i] / signals[i]) if prediction == "epsilon" else (1.0, -spreads[i])
+    for i, (a, s) in enumerate(zip(signals, spreads, strict=True)):
+        p, q = (1 / a, s / a) if prediction == "epsilon" else (1.0, s)
         steps.append(Call(output, x, i))
         if i == num_steps - 1:
-            steps.append(Combine(x, terms((x, of_x), (output, of_output))))
+            steps.append(Combine(x, terms((x, p), (output, -q))))
             break
         signal, spread = signals[i + 1], spreads[i + 1]
-        of_x, of_output = signal * of_x, signal * of_output
         if noise == "ddim":
-            of_x, of_output = (
-                (of_x, of_output + spread)
-                if prediction == "epsilon"
-                else (of_x + spread, of_output + spread * signals[i])
-            )
-            drawn = ()
+            of_x, of_output = (0.0, 1.0) if prediction == "epsilon" else (1.0, a)
+            mixed = terms((x, signal * p + spread * of_x), (output, -signal * q + spread * of_output))
+            steps.append(Combine(x, mixed))
         else:
-            drawn = ((i + 1 if noise == "fresh" else 0, spread),)
-        steps.append(Combine(x, terms((x, of_x), (output, of_output)), drawn))
+            draw = i + 1 if noise == "fresh" else 0
+            steps.append(Combine(x, terms((x, signal * p), (output, -signal * q)), ((draw, spread),)))
     draws = num_steps if noise == "fresh" else 1
     return Plan(tuple(steps), levels, draws, registers=2, result=x, dtype=dtype, noise_dtype=dtype)
 
