@@ -191,6 +191,19 @@ def summary(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
+def joined(path: Path, lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The table in the file with these lines in place of those of the same operations, dtypes and architectures."""
+
+    def measured(line: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(str(line[name]) for name in ("operation", "dtype", "architecture"))
+
+    new = set(map(measured, lines))
+    old = csv.DictReader(path.read_text().splitlines()) if path.exists() else []
+    kept = [line for line in old if measured(line) not in new]
+    order = ("operation", "kernel", "dtype")
+    return sorted([*kept, *lines], key=lambda line: (*(line[name] for name in order), int(line["architecture"])))
+
+
 def write(path: Path, rows: list[dict[str, Any]], columns: Sequence[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
@@ -229,7 +242,7 @@ def list_option(option: str, known: Sequence[Any]) -> Any:
 )
 @click.option("--check", is_flag=True, help="Say what the tests forbid; then the exit status is 1.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="CSV of every machine code.")
-@click.option("--ledger", is_flag=True, help=f"Write the table to {LEDGER.relative_to(ROOT)}.")
+@click.option("--ledger", is_flag=True, help=f"Put the lines into {LEDGER.relative_to(ROOT)}.")
 @click.option("--processes", type=click.IntRange(min=1), default=os.cpu_count(), show_default=True)
 def codegen(
     architectures: tuple[int, ...],
@@ -259,7 +272,7 @@ def codegen(
     if out is not None:
         write(out, rows, list(rows[0]))
     if ledger:
-        write(LEDGER, lines, SUMMARY)
+        write(LEDGER, joined(LEDGER, lines), SUMMARY)
     if check and (wrong := problems(rows)):
         click.echo("\n".join(wrong))
         sys.exit(1)

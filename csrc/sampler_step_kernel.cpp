@@ -9,21 +9,14 @@
 #pragma GCC optimize("fp-contract=off", "no-trapping-math")  // the latter lets loops with choices become vectors
 #endif
 
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
 #include <algorithm>
 #include <cstring>
-#include <type_traits>
 
+#include "convert.h"
 #include "sampler_step.h"
 
 namespace sign_fast {
 namespace {
-
-using Vec = at::vec::Vectorized<float>;
 
 constexpr int64_t BLOCKS = 16;  // Philox calls at a time
 constexpr int64_t CHUNK = 512;  // elements at a time: what they need stays in the first-level cache
@@ -140,32 +133,6 @@ struct Walk {
     }
   }
 };
-
-// Runs of memory as float and back. The compiler makes vectors of these loops except for half precision.
-using HalfVec = at::vec::Vectorized<c10::Half>;
-
-template <typename T>
-inline void widen(const T* from, int64_t n, float* to) {
-  int64_t i = 0;
-  if constexpr (std::is_same_v<T, c10::Half>) {
-    for (; i + HalfVec::size() <= n; i += HalfVec::size()) {
-      const auto [low, high] = at::vec::convert_to_float<c10::Half>(HalfVec::loadu(from + i));
-      low.store(to + i), high.store(to + i + Vec::size());
-    }
-  }
-  for (; i < n; ++i) to[i] = static_cast<float>(from[i]);
-}
-
-template <typename T>
-inline void narrow(const float* from, int64_t n, T* to) {
-  int64_t i = 0;
-  if constexpr (std::is_same_v<T, c10::Half>) {
-    for (; i + HalfVec::size() <= n; i += HalfVec::size()) {
-      at::vec::convert_from_float<c10::Half>(Vec::loadu(from + i), Vec::loadu(from + i + Vec::size())).store(to + i);
-    }
-  }
-  for (; i < n; ++i) to[i] = static_cast<T>(from[i]);
-}
 
 template <typename T>
 inline void load(const T* image, int64_t first, int64_t n, bool walk, const SamplerArgs& a, float* out) {

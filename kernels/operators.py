@@ -32,7 +32,8 @@ def register(
     operators = {name: getattr(torch.ops.sign_fast, name).default for name in implementations}
 
     def call(name: str, *arguments: Any) -> Any:
-        if interpreting() and arguments[0].is_cpu and not torch.compiler.is_compiling():
+        first = arguments[0] if isinstance(arguments[0], torch.Tensor) else arguments[0][0]
+        if interpreting() and first.is_cpu and not torch.compiler.is_compiling():
             return implementations[name][1](*arguments)
         return operators[name](*arguments)
 

@@ -16,6 +16,7 @@ def operations() -> dict[str, str]:
         "attention, cpu": "PyTorch's flash attention",
         "distill_loss, cpu": plain or "C++",
         "sampler_step, cpu": plain or "C++, gradients in plain PyTorch",
+        "combine, cpu": plain or "C++, gradients in plain PyTorch",
     }
     for index in range(torch.cuda.device_count()):
         reason = device.gpu_reason(index)
@@ -25,5 +26,6 @@ def operations() -> dict[str, str]:
             f"attention, cuda:{index}": slow or "Triton",
             f"distill_loss, cuda:{index}": slow or "Triton",
             f"sampler_step, cuda:{index}": slow or "Triton, gradients in plain PyTorch",
+            f"combine, cuda:{index}": slow or "Triton, gradients in plain PyTorch",
         }
     return table

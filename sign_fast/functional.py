@@ -6,12 +6,14 @@ in any memory format; channels_last stays channels_last.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .kernels.attention import op as _attention
+from .kernels.combine import op as _combine
 from .kernels.distill_loss import op as _distill_loss
 from .kernels.group_norm_silu import op as _group_norm_silu
 from .kernels.sampler_step import op as _sampler_step
@@ -518,8 +520,46 @@ def renoise(denoised: Tensor, noise: Tensor, scale: Tensor | float, sigma: Tenso
     return _renoise(denoised, noise, scale, sigma)
 
 
+def combine(
+    states: Sequence[Tensor], coefficients: Sequence[float] | Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Σ c[j]·states[j] in one pass, added from the left: all that a sampler does between two network calls.
+
+    EDM's Algorithm 1 is two of them a step: x_hat + (t_next − t_hat)·(x_hat − D)/t_hat is a sum of x_hat and D.
+
+    Args:
+        states: 1 to 8 tensors (B, C, H, W) of any floating dtypes and memory formats.
+        coefficients: a number for each state; or a (n,) float64 tensor on the states' device, which the kernel reads,
+            so that a CUDA graph can take it as an input. Numbers are copied to the device, for which a GPU waits.
+        dtype: of the result; None takes the first state's. The sum is float64 where dtype is, else float32.
+
+    Returns:
+        (B, C, H, W) in dtype and the first state's memory format. Differentiable in plain torch.
+
+    Raises:
+        ValueError: the number of states or coefficients, a shape, a dtype or a device does not fit.
+    """
+    most = _combine.MOST_STATES
+    _check(1 <= len(states) <= most, f"1 to {most} states are needed, not {len(states)}: sum more of them in turns")
+    first = states[0]
+    dtype = first.dtype if dtype is None else dtype
+    _check(first.ndim == 4, f"states must be (B, C, H, W), not {tuple(first.shape)}")
+    _check(dtype.is_floating_point, f"the result must have a floating dtype, not {dtype}")
+    for t in states:
+        _check_floating(t)
+        _check(t.shape == first.shape, f"states {tuple(first.shape)} and {tuple(t.shape)} must agree")
+        _check(t.device == first.device, f"states must be on one device, not on {first.device} and {t.device}")
+    if not isinstance(coefficients, Tensor):
+        coefficients = torch.tensor(coefficients, dtype=torch.float64, device=first.device)
+    _check(coefficients.shape == (len(states),), f"{len(states)} states, coefficients {tuple(coefficients.shape)}")
+    _check(coefficients.dtype == torch.float64, f"coefficients must be float64, not {coefficients.dtype}")
+    _check(coefficients.device == first.device, f"coefficients on {coefficients.device}, states on {first.device}")
+    return _combine.combine(states, coefficients, dtype)
+
+
 __all__ = [
     "attention",
+    "combine",
     "distill_loss_gradients",
     "distill_losses",
     "distribution_matching_loss",

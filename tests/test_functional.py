@@ -23,6 +23,7 @@ SIGMA = torch.ones(2)
         lambda x: functional.distill_losses(x, x, x, SIGMA),
         lambda x: functional.to_uint8(x),
         lambda x: functional.sampler_step(x),
+        lambda x: functional.combine((x, x), (0.5, 2.0)),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64], ids=str)

@@ -90,7 +90,7 @@ class Case(ABC):
         return self.torch_dtype.itemsize
 
 
-OPERATIONS = ("group_norm_silu", "attention", "distill_loss", "sampler_step")
+OPERATIONS = ("group_norm_silu", "attention", "distill_loss", "sampler_step", "combine")
 
 
 def cases(

@@ -60,6 +60,24 @@ def test_command(tmp_path):
     assert list(rows[0])[:3] == ["architecture", "operation", "kernel"]
 
 
+def test_lines_measured_anew_take_the_place_of_their_like(tmp_path):
+    line = dict.fromkeys(codegen.SUMMARY, "") | {"operation": "attention", "kernel": "k", "dtype": "float32"}
+    old = [{**line, "architecture": a, "registers": "old"} for a in (90, 100)]
+    old.append({**old[0], "operation": "sampler_step"})
+    path = tmp_path / "table.csv"
+    codegen.write(path, codegen.joined(path, old), codegen.SUMMARY)
+    new = [{**line, "kernel": name, "architecture": 90, "registers": "new"} for name in ("k1", "k2")]
+    new.append({**new[0], "operation": "combine"})
+    found = [(r["operation"], r["kernel"], str(r["architecture"]), r["registers"]) for r in codegen.joined(path, new)]
+    assert found == [
+        ("attention", "k", "100", "old"),
+        ("attention", "k1", "90", "new"),
+        ("attention", "k2", "90", "new"),
+        ("combine", "k1", "90", "new"),
+        ("sampler_step", "k", "90", "old"),
+    ]
+
+
 def test_bad_arguments_are_named():
     done = subprocess.run(
         [sys.executable, "benchmarks/codegen.py", "--architectures", "91"], cwd=ROOT, capture_output=True, text=True

@@ -12,7 +12,7 @@ from sign_fast import functional
 from sign_fast.kernels import device, dispatch, extension, overview
 from sign_fast.kernels.dispatch import Reason
 
-OPERATIONS = ["group_norm_silu", "attention", "distill_loss", "sampler_step"]
+OPERATIONS = ["group_norm_silu", "attention", "distill_loss", "sampler_step", "combine"]
 WORDS = {"cpp": "C++", "flash": "PyTorch's flash attention"}
 
 
@@ -24,6 +24,8 @@ def one_call(operation, gradients):
         functional.projected_attention(x, 2)
     elif operation == "distill_loss":
         functional.fake_score_loss(x, torch.zeros_like(x), torch.ones(2))
+    elif operation == "combine":
+        functional.combine((x, x), (0.5, 2.0))
     else:
         functional.sampler_step(x, seeds=torch.arange(2))
 
@@ -47,7 +49,7 @@ def test_without_the_extension(monkeypatch):
     monkeypatch.setattr(extension, "missing", lambda: Reason("no compiler", "get one"))
     table = overview.operations()
     assert table["attention, cpu"] == "PyTorch's flash attention"
-    for operation in ("group_norm_silu", "distill_loss", "sampler_step"):
+    for operation in ("group_norm_silu", "distill_loss", "sampler_step", "combine"):
         assert table[f"{operation}, cpu"] == "plain PyTorch: no compiler; get one"
 
 
