@@ -10,6 +10,7 @@
 
 namespace sign_fast {
 
+void bind_generation(pybind11::module_& m);
 void bind_program(pybind11::module_& m);
 
 Capability capability() {
@@ -45,6 +46,7 @@ PYBIND11_MODULE(_C, m) {
       },
       "The instruction set chosen here: DEFAULT, AVX2 or AVX512.");
   sign_fast::bind_program(m);
+  sign_fast::bind_generation(m);
   sign_fast::bind_sampler_loop(m);
   sign_fast::bind_seeded_noise(m);
 }

@@ -191,8 +191,8 @@ class NativeExecutor final : public Executor {
         workspace = std::max(workspace, native.convolution->workspace(batch, at::get_num_threads()));
       if (const auto* o = std::get_if<AttentionOperation>(&native.operation)) {
         const Buffer& out = buffers_[o->output];
-        workspace = std::max(workspace, attention_workspace(batch, out.height * out.width, o->heads,
-                                                            out.channels / o->heads, at::get_num_threads()));
+        workspace = std::max(workspace, attention_workspace(out.height * out.width, out.channels / o->heads,
+                                                            at::get_num_threads()));
       }
     }
     const auto options = at::TensorOptions().dtype(at::kFloat);

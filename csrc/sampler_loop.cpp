@@ -38,11 +38,13 @@ void Plan::add(Call step) {
   steps_.emplace_back(step);
 }
 
-at::Tensor Plan::run(Denoiser& denoiser, at::TensorList draws, const std::function<void()>& between_calls) const {
+at::Tensor Plan::run(Denoiser& denoiser, at::TensorList draws, const std::function<void()>& between_calls,
+                     const std::optional<at::Tensor>& coefficients) const {
   TORCH_CHECK_VALUE(static_cast<int64_t>(draws.size()) == draws_, "this plan uses ", draws_, " draws, not ",
                     draws.size());
   std::vector<at::Tensor> states(registers_, draws[0]);
   std::vector<Term> terms;
+  int64_t used = 0;
   for (const auto& step : steps_) {
     if (const auto* call = std::get_if<Call>(&step)) {
       states[call->target] = denoiser.call(states[call->source], call->level);
@@ -53,7 +55,13 @@ at::Tensor Plan::run(Denoiser& denoiser, at::TensorList draws, const std::functi
     terms.clear();
     for (const auto& [source, coefficient] : sum.states) terms.push_back({states[source], coefficient});
     for (const auto& [draw, coefficient] : sum.noise) terms.push_back({draws[draw], coefficient});
-    states[sum.target] = linear_combination(terms, dtype_);
+    if (coefficients) {
+      const auto count = static_cast<int64_t>(terms.size());
+      states[sum.target] = linear_combination(terms, coefficients->narrow(0, used, count), dtype_);
+      used += count;
+    } else {
+      states[sum.target] = linear_combination(terms, dtype_);
+    }
   }
   return states[result_];
 }

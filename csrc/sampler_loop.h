@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <functional>
+#include <optional>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -44,7 +45,9 @@ class Plan {
   int64_t draws() const { return draws_; }
 
   // `draws` as the plan has them, of one shape and device. between_calls is called once after each call and may throw.
-  at::Tensor run(Denoiser& denoiser, at::TensorList draws, const std::function<void()>& between_calls) const;
+  // coefficients: of all terms one after the other, (n,) float64 on the draws' device, in place of the plan's own.
+  at::Tensor run(Denoiser& denoiser, at::TensorList draws, const std::function<void()>& between_calls,
+                 const std::optional<at::Tensor>& coefficients = std::nullopt) const;
 
  private:
   int64_t check_register(int64_t number) const;
