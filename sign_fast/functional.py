@@ -520,6 +520,21 @@ def renoise(denoised: Tensor, noise: Tensor, scale: Tensor | float, sigma: Tenso
     return _renoise(denoised, noise, scale, sigma)
 
 
+def _check_states(states: Sequence[Tensor]) -> None:
+    most = _combine.MOST_STATES
+    if not 1 <= len(states) <= most:
+        raise ValueError(f"1 to {most} states are needed, not {len(states)}: sum more of them in turns")
+    shape, device = states[0].shape, states[0].device
+    if len(shape) != 4:
+        raise ValueError(f"states must be (B, C, H, W), not {tuple(shape)}")
+    for t in states:
+        _check_floating(t)
+        if t.shape != shape:
+            raise ValueError(f"states {tuple(shape)} and {tuple(t.shape)} must agree")
+        if t.device != device:
+            raise ValueError(f"states must be on one device, not on {device} and {t.device}")
+
+
 def combine(
     states: Sequence[Tensor], coefficients: Sequence[float] | Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -539,21 +554,18 @@ def combine(
     Raises:
         ValueError: the number of states or coefficients, a shape, a dtype or a device does not fit.
     """
-    most = _combine.MOST_STATES
-    _check(1 <= len(states) <= most, f"1 to {most} states are needed, not {len(states)}: sum more of them in turns")
-    first = states[0]
+    _check_states(states)
+    first, count = states[0], len(states)
     dtype = first.dtype if dtype is None else dtype
-    _check(first.ndim == 4, f"states must be (B, C, H, W), not {tuple(first.shape)}")
-    _check(dtype.is_floating_point, f"the result must have a floating dtype, not {dtype}")
-    for t in states:
-        _check_floating(t)
-        _check(t.shape == first.shape, f"states {tuple(first.shape)} and {tuple(t.shape)} must agree")
-        _check(t.device == first.device, f"states must be on one device, not on {first.device} and {t.device}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"the result must have a floating dtype, not {dtype}")
     if not isinstance(coefficients, Tensor):
         coefficients = torch.tensor(coefficients, dtype=torch.float64, device=first.device)
-    _check(coefficients.shape == (len(states),), f"{len(states)} states, coefficients {tuple(coefficients.shape)}")
-    _check(coefficients.dtype == torch.float64, f"coefficients must be float64, not {coefficients.dtype}")
-    _check(coefficients.device == first.device, f"coefficients on {coefficients.device}, states on {first.device}")
+    if coefficients.shape != (count,) or coefficients.dtype != torch.float64:
+        given = f"{tuple(coefficients.shape)} {coefficients.dtype}"
+        raise ValueError(f"coefficients must be ({count},) torch.float64, not {given}")
+    if coefficients.device != first.device:
+        raise ValueError(f"coefficients on {coefficients.device}, states on {first.device}")
     return _combine.combine(states, coefficients, dtype)
 
 

@@ -17,8 +17,9 @@ from .registration import call
 
 __all__ = ["MOST_STATES", "combine", "launches_forward", "supports"]
 
+_DTYPES = DTYPES | {torch.float64}
 _GRADIENTS = Reason("gradients are wanted: plain torch differentiates it")
-_DTYPE = Reason("states and result are not all float64, float32, bfloat16 or float16")
+_NOT_FAST_DTYPE = Reason("states and result are not all float64, float32, bfloat16 or float16")
 
 
 def supports(states: Sequence[Tensor], coefficients: Tensor, dtype: torch.dtype) -> Reason | None:
@@ -27,8 +28,8 @@ def supports(states: Sequence[Tensor], coefficients: Tensor, dtype: torch.dtype)
         return TRANSFORMED
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*states, coefficients)):
         return _GRADIENTS
-    if not (DTYPES | {torch.float64}).issuperset({dtype, *(t.dtype for t in states)}):
-        return _DTYPE
+    if not _DTYPES.issuperset((dtype, *(t.dtype for t in states))):
+        return _NOT_FAST_DTYPE
     if states[0].is_cpu and not interpreting():
         return COMPILING if torch.compiler.is_compiling() else extension.missing()
     return supports_triton(states[0])
@@ -44,4 +45,4 @@ def combine(states: Sequence[Tensor], coefficients: Tensor, dtype: torch.dtype) 
     if reason is None:
         return call("combine", list(states), coefficients, dtype)
     y = reference.combine(states, coefficients, dtype)
-    return y.contiguous(memory_format=suggest_memory_format(states[0]))
+    return y.clone(memory_format=suggest_memory_format(states[0]))  # contiguous() would leave some odd strides

@@ -203,9 +203,9 @@ TWO = torch.ones(2, dtype=torch.float64)
         (lambda: functional.combine((X, X.to("meta")), (1, 1)), "states must be on one device, not on cpu and meta"),
         (lambda: functional.combine((X, X.int()), (1, 1)), "a floating dtype is needed, not torch.int32"),
         (lambda: functional.combine((X, X), (1, 1), torch.uint8), "must have a floating dtype, not torch.uint8"),
-        (lambda: functional.combine((X, X), (1, 1, 1)), r"2 states, coefficients \(3,\)"),
-        (lambda: functional.combine((X, X), TWO[:, None]), r"2 states, coefficients \(2, 1\)"),
-        (lambda: functional.combine((X, X), TWO.float()), "coefficients must be float64, not torch.float32"),
+        (lambda: functional.combine((X, X), (1, 1, 1)), r"must be \(2,\) torch.float64, not \(3,\)"),
+        (lambda: functional.combine((X, X), TWO[:, None]), r"must be \(2,\) torch.float64, not \(2, 1\)"),
+        (lambda: functional.combine((X, X), TWO.float()), r"must be \(2,\) torch.float64, not \(2,\) torch.float32"),
         (lambda: functional.combine((X, X), TWO.to("meta")), "coefficients on meta, states on cpu"),
     ],
 )
