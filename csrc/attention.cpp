@@ -1,7 +1,6 @@
 // Attention on the CPU: cutting into items for threads, and torch.ops.sign_fast.attention_cpu for tests and benchmarks.
 #include "attention.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -9,11 +8,11 @@
 #include <algorithm>
 
 #include "convolution.h"
+#include "launch.h"
 
 namespace sign_fast {
 namespace {
 
-constexpr int64_t kAlone = 2'000'000;  // multiplications below which a second thread does not pay
 constexpr int64_t kChunk = 32;         // queries of an item
 
 // floats of a thread's scratch, whole cache lines
@@ -34,10 +33,8 @@ void attention(const float* qkv, int64_t batch, int64_t tokens, int64_t heads, i
   const AttentionTask task{qkv, batch, tokens, heads, head_channels, y, kChunk};
   float* aligned = align(workspace);
   const int64_t items = task.items(), work = 2 * batch * heads * tokens * tokens * head_channels;
-  if (items == 0) return;
-  if (work < kAlone || items == 1 || at::get_num_threads() == 1) return kernel(task, 0, items, aligned);
   const int64_t size = scratch(tokens, head_channels);
-  at::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+  launch(items, work, kAlone, kGrain, [&](int64_t begin, int64_t end) {
     kernel(task, begin, end, aligned + at::get_thread_num() * size);
   });
 }

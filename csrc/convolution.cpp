@@ -1,7 +1,6 @@
 // Convolutions on the CPU: which algorithm, packing of weights, cutting into items for threads.
 #include "convolution.h"
 
-#include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -9,29 +8,13 @@
 #include <new>
 
 #include "convolution_kernel.h"
+#include "launch.h"
 
 namespace sign_fast {
 namespace {
 
-constexpr int64_t kLine = 64;               // bytes of a cache line
-constexpr int64_t kAlone = 2'000'000;       // multiplications below which a second thread does not pay
-constexpr int64_t kGrain = 250'000;         // multiplications a thread takes at least
-constexpr int64_t kCopyGrain = 16'384;      // floats a thread copies at least
-constexpr int64_t kChunk = 32;              // pixels of an item
-
-int64_t vector_size() {
-  static const int64_t size = choose_convolution_vector()();
-  return size;
-}
-
-template <typename Task>
-void launch(const Task& task, void (*kernel)(const Task&, int64_t, int64_t), int64_t items, int64_t work, int64_t alone,
-            int64_t grain) {
-  if (items == 0) return;
-  if (work < alone || items == 1 || at::get_num_threads() == 1) return kernel(task, 0, items);
-  at::parallel_for(0, items, std::max<int64_t>(1, grain * items / work),
-                   [&](int64_t begin, int64_t end) { kernel(task, begin, end); });
-}
+constexpr int64_t kCopyGrain = 16'384;  // floats a thread copies at least
+constexpr int64_t kChunk = 32;          // pixels of an item
 
 }  // namespace
 
@@ -72,13 +55,14 @@ PackedConvolution::PackedConvolution(const float* weight, const float* bias, con
   TORCH_CHECK(even || shape.resampling != Resampling::Up, "an upsampled image has even sides");
   const bool phases = shape.kernel == 3 && shape.resampling == Resampling::Up;
   if (algorithm == Algorithm::Automatic) algorithm_ = phases ? Algorithm::Phases : Algorithm::Direct;
+  TORCH_CHECK(shape.kernel == 3 || !winograd(), "Winograd convolutions are 3×3");
   TORCH_CHECK(phases || algorithm_ != Algorithm::Phases, "phases are those of a 3×3 convolution after upsampling");
 
   bias_ = AlignedFloats(vectors_ * vector_size());
   if (bias) std::copy_n(bias, shape.out_channels, bias_.data());
   for (int64_t y = 0; y < shape.height && even; ++y)
     for (int64_t x = 0; x < shape.width; ++x) residual_index_.push_back(y / 2 * (shape.width / 2) + x / 2);
-  pack_direct(weight);
+  winograd() ? pack_winograd(weight) : pack_direct(weight);
 }
 
 void PackedConvolution::pack_direct(const float* weight) {
@@ -120,22 +104,23 @@ void PackedConvolution::pack_direct(const float* weight) {
 }
 
 int64_t PackedConvolution::scratch(int64_t batch) const {
-  if (shape_.kernel == 1 && shape_.resampling != Resampling::Down) return 0;
-  const int64_t divisor = algorithm_ == Algorithm::Phases ? 2 : 1, border = shape_.kernel / 2;
+  const int64_t divisor = algorithm_ == Algorithm::Phases ? 2 : 1, border = winograd() ? 0 : shape_.kernel / 2;
+  if (border == 0 && shape_.resampling != Resampling::Down) return 0;
   return batch * (shape_.height / divisor + 2 * border) * (shape_.width / divisor + 2 * border) * in_channels();
 }
 
-int64_t PackedConvolution::workspace(int64_t batch, int /*threads*/) const {
-  return scratch(batch) + kLine / sizeof(float);
+int64_t PackedConvolution::workspace(int64_t batch, int threads) const {
+  return scratch(batch) + (winograd() ? winograd_workspace(batch, threads) : 0) + 2 * kLine / sizeof(float);
 }
 
 int64_t PackedConvolution::bytes() const {
   const size_t indices = input_index_.size() + output_index_.size() + residual_index_.size();
-  return static_cast<int64_t>(sizeof(float) * (weights_.size() + bias_.size()) + sizeof(int32_t) * indices);
+  return static_cast<int64_t>(sizeof(float) * (weights_.size() + bias_.size() + zeros_.size()) + sizeof(int32_t) * indices);
 }
 
 void PackedConvolution::run(const ConvolutionArgs& args, float* workspace) const {
-  run_direct(args, align(workspace));
+  if (args.batch == 0) return;
+  winograd() ? run_winograd(args, align(workspace)) : run_direct(args, align(workspace));
 }
 
 void PackedConvolution::run_direct(const ConvolutionArgs& args, float* copied) const {
@@ -147,11 +132,12 @@ void PackedConvolution::run_direct(const ConvolutionArgs& args, float* copied) c
   const int64_t in = in_channels(), border = shape_.kernel / 2, pixels = height * width;
 
   DirectTask task{};
-  if (scratch(args.batch) > 0 || args.batch == 0) {
+  if (scratch(args.batch) > 0) {
     CopyTask source{{args.x[0], args.x[1]}, {shape_.channels[0], shape_.channels[1]}, args.batch, height, width, border,
                     up && !low, down, copied};
     const int64_t size = scratch(args.batch);
-    launch(source, copy, source.items(), size, 2 * kCopyGrain, kCopyGrain);
+    launch(source.items(), size, 2 * kCopyGrain, kCopyGrain,
+           [&](int64_t begin, int64_t end) { copy(source, begin, end); });
     const int64_t row = (width + 2 * border) * in, taps = phases ? 2 : shape_.kernel;
     for (int64_t s = 0; s < taps; ++s)  // the taps of a row lie next to each other
       task.segments[s] = {copied + s * row, (height + 2 * border) * row, in, taps * in};
@@ -175,7 +161,7 @@ void PackedConvolution::run_direct(const ConvolutionArgs& args, float* copied) c
              shape_.height * shape_.width / (args.residual_up ? 4 : 1), args.scale, args.y,
              shape_.height * shape_.width, shape_.out_channels};
   const int64_t work = args.batch * pixels * task.phases * task.depth * vectors_ * vector_size();
-  launch(task, direct, task.items(), work, kAlone, kGrain);
+  launch(task.items(), work, kAlone, kGrain, [&](int64_t begin, int64_t end) { direct(task, begin, end); });
 }
 
 }  // namespace sign_fast

@@ -69,15 +69,20 @@ class PackedConvolution {
 
  private:
   void pack_direct(const float* weight);
+  void pack_winograd(const float* weight);
   void run_direct(const ConvolutionArgs& args, float* workspace) const;
+  void run_winograd(const ConvolutionArgs& args, float* workspace) const;
 
   int64_t in_channels() const { return shape_.channels[0] + shape_.channels[1]; }
+  bool winograd() const { return algorithm_ == Algorithm::Winograd2 || algorithm_ == Algorithm::Winograd4; }
+  int64_t winograd_workspace(int64_t batch, int threads) const;
   int64_t scratch(int64_t batch) const;  // floats of the copied input, 0 where it is read in place
 
   ConvolutionShape shape_;
   Algorithm algorithm_;
-  int64_t vectors_;  // of output channels
-  AlignedFloats weights_, bias_;
+  int64_t vectors_;           // of output channels
+  bool transformed_ = false;  // the weights, for Winograd; else every run does it, which takes less memory
+  AlignedFloats weights_, bias_, zeros_;
   std::vector<int32_t> input_index_, output_index_, residual_index_;
 };
 

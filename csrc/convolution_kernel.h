@@ -7,6 +7,7 @@
 #include "capability.h"
 
 namespace sign_fast {
+namespace {
 
 // Output channels are cut into blocks of at most 3 vectors, as many accumulators as a tile of pixels leaves room for.
 struct Block {
@@ -22,6 +23,8 @@ inline Block block(int64_t vectors, int64_t i) {
   const int64_t full = blocks - missing;
   return {3 * std::min(i, full) + 2 * std::max<int64_t>(i - full, 0), i < full ? 3 : 2};
 }
+
+}  // namespace
 
 // Row r of the left operand is x + image·b + pixel·index[r], `length` long; segments follow each other in the sum.
 struct Segment {

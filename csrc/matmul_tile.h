@@ -21,7 +21,7 @@ constexpr int64_t ROWS = 4;
 // Products that a sum takes before it is set aside: bounds the rounding, as blocked summation does.
 constexpr int64_t DEPTH = 256;
 
-template <int64_t NV>
+template <int64_t NV, int64_t ROWS = sign_fast::ROWS>
 struct Tile {
   Vec sum[ROWS][NV];
 

@@ -16,7 +16,7 @@ from sign_fast.kernels import extension
 
 pytestmark = pytest.mark.skipif(extension.module() is None, reason="needs the C++ extension")
 
-ALGORITHMS = ["direct", "phases", ""]
+ALGORITHMS = ["direct", "phases", "winograd2", "winograd4", ""]
 
 
 def resample(x: Tensor, resampling: str) -> Tensor:
@@ -127,6 +127,7 @@ def test_an_image_depends_on_nothing_else(algorithm, k, resampling):
         (dict(x=torch.ones(2, 4, 8, 8).double()), "x must be"),
         (dict(x=torch.ones(2, 4, 3, 3), resampling="down"), "even sides"),
         (dict(algorithm="phases"), "phases are those"),
+        (dict(algorithm="winograd2", weight=torch.ones(4, 4, 1, 1)), "Winograd convolutions are 3×3"),
         (dict(algorithm="fastest"), "algorithm must be"),
         (dict(resampling="sideways"), "resampling must be"),
     ],

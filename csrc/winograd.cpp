@@ -1,0 +1,125 @@
+// Winograd convolution on the CPU: packing of weights, blocks of tiles, threads.
+#include "winograd.h"
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "convolution.h"
+#include "launch.h"
+
+namespace sign_fast {
+namespace {
+
+constexpr int64_t kTransformed = 1 << 17;  // weights of up to so many floats are kept transformed
+constexpr int64_t kTileGrain = 64;         // tiles · channels/16 whose inputs a thread transforms at least
+
+int64_t side_of(Algorithm algorithm) { return algorithm == Algorithm::Winograd2 ? 2 : 4; }
+
+// Tiles at work at a time: their transformed inputs and products stay in the cache. The same for any number of threads.
+int64_t tiles_at_work(int64_t m, int64_t tiles) { 
+  static const int64_t o = getenv("TS") ? atoi(getenv("TS")) : 64;
+  return std::min<int64_t>(tiles, m == 2 ? 2*o : o); }
+
+}  // namespace
+
+void PackedConvolution::pack_winograd(const float* weight) {
+  const int64_t m = side_of(algorithm_), side = m + 2, in = in_channels(), size = vector_size();
+  transformed_ = side * side * in * vectors_ * size <= kTransformed;
+  weights_ = AlignedFloats((transformed_ ? side * side : 9) * in * vectors_ * size);
+  zeros_ = AlignedFloats(in);
+  float* to = weights_.data();
+  for (int64_t i = 0; i < block_count(vectors_); ++i) {
+    const Block block = sign_fast::block(vectors_, i);
+    const int64_t width = block.vectors * size, first = block.first * size;
+    const int64_t count = std::min(width, shape_.out_channels - first);
+    for (int64_t c = 0; c < in; ++c)
+      for (int64_t o = 0; o < count; ++o) {
+        const float* g = weight + ((first + o) * in + c) * 9;
+        if (!transformed_) {
+          for (int64_t k = 0; k < 9; ++k) to[(c * 9 + k) * width + o] = g[k];
+          continue;
+        }
+        for (int64_t row = 0; row < side; ++row)
+          for (int64_t column = 0; column < side; ++column) {
+            double sum = 0;
+            for (int64_t k = 0; k < 9; ++k)
+              sum += filter_coefficient(m, row, k / 3) * g[k] * filter_coefficient(m, column, k % 3);
+            to[((row * side + column) * in + c) * width + o] = static_cast<float>(sum);
+          }
+      }
+    to += (transformed_ ? side * side : 9) * in * width;
+  }
+}
+
+// As many threads as there are blocks of tiles each take blocks of their own; with fewer blocks the threads share one.
+int64_t PackedConvolution::winograd_workspace(int64_t batch, int threads) const {
+  const int64_t m = side_of(algorithm_), side = m + 2;
+  const int64_t all = batch * ((shape_.height + m - 1) / m) * ((shape_.width + m - 1) / m);
+  const int64_t tiles = tiles_at_work(m, all);
+  const int64_t line = kLine / sizeof(float);
+  const int64_t scratch = winograd_scratch(m, tiles, in_channels(), vector_size(), transformed_);
+  return threads * (side * side * winograd_stride(tiles, in_channels()) + scratch + line);
+}
+
+void PackedConvolution::run_winograd(const ConvolutionArgs& args, float* workspace) const {
+  static const auto inputs = choose_winograd_inputs();
+  static const auto outputs = choose_winograd_outputs();
+  static const auto copy = choose_convolution_copy();
+  WinogradTask task{};
+  task.m = side_of(algorithm_);
+  task.x[0] = args.x[0], task.x[1] = args.x[1];
+  task.channels[0] = shape_.channels[0], task.channels[1] = shape_.channels[1];
+  if (const int64_t size = scratch(args.batch); size > 0) {  // the mean of 2×2 is taken first
+    const CopyTask source{{args.x[0], args.x[1]}, {shape_.channels[0], shape_.channels[1]}, args.batch, shape_.height,
+                          shape_.width, 0, false, true, workspace};
+    launch(source.items(), size, 2 * kGrain, kGrain,
+           [&](int64_t begin, int64_t end) { copy(source, begin, end); });
+    task.x[0] = workspace;
+    task.channels[0] = in_channels(), task.channels[1] = 0;
+    workspace = align(workspace + size);
+  }
+  task.zeros = zeros_.data();
+  task.height = shape_.height, task.width = shape_.width;
+  task.up = shape_.resampling == Resampling::Up;
+  task.weights = weights_.data(), task.transformed = transformed_;
+  task.vectors = vectors_;
+  task.to = {bias_.data(), args.residual, args.residual_up ? residual_index_.data() : nullptr,
+             shape_.height * shape_.width / (args.residual_up ? 4 : 1), args.scale, args.y,
+             shape_.height * shape_.width, shape_.out_channels};
+
+  const int64_t tiles = args.batch * task.rows() * task.columns(), most = tiles_at_work(task.m, tiles);
+  const int64_t side = task.side(), in = in_channels();
+  const int64_t input_size = side * side * winograd_stride(most, in);
+  const int64_t line = kLine / sizeof(float);
+  const int64_t scratch_size = (winograd_scratch(task.m, most, in, vector_size(), transformed_) + line - 1) / line * line;
+  const int64_t parts = (tiles + most - 1) / most, blocks = block_count(vectors_), threads = at::get_num_threads();
+  const int64_t work = side * side * in * vectors_ * vector_size();  // multiplications of a tile
+  const auto part = [&](WinogradTask& of, int64_t i) {
+    of.first = i * most;
+    of.tiles = std::min(most, tiles - of.first);
+    of.stride = winograd_stride(of.tiles, in);
+  };
+  if (parts >= threads || tiles * work < kAlone) {
+    launch(parts, tiles * work, kAlone, kGrain, [&](int64_t begin, int64_t end) {
+      WinogradTask own = task;
+      own.inputs = workspace + (parts == 1 ? 0 : at::get_thread_num()) * (input_size + scratch_size);
+      for (int64_t i = begin; i < end; ++i) {
+        part(own, i);
+        inputs(own, 0, own.tiles);
+        outputs(own, 0, blocks, own.inputs + input_size);
+      }
+    });
+    return;
+  }
+  task.inputs = workspace;
+  for (int64_t i = 0; i < parts; ++i) {
+    part(task, i);
+    launch(task.tiles, task.tiles * in * side * side, kTileGrain * side * side * 16, kTileGrain * side * side * 16,
+           [&](int64_t begin, int64_t end) { inputs(task, begin, end); });
+    launch(blocks, task.tiles * work, kAlone, kGrain, [&](int64_t begin, int64_t end) {
+      outputs(task, begin, end, workspace + input_size + at::get_thread_num() * scratch_size);
+    });
+  }
+}
+
+}  // namespace sign_fast

@@ -1,0 +1,240 @@
+// The transforms and matrix products of Winograd convolution, compiled once a CPU capability: see capability.h.
+#include "winograd.h"
+
+#include "matmul_tile.h"
+
+namespace sign_fast {
+namespace {
+
+inline Vec fma(float a, Vec b, Vec c) { return at::vec::fmadd(Vec(a), b, c); }
+
+constexpr float P = kPoint1, Q = kPoint2, P2 = P * P, Q2 = Q * Q;
+
+// Bᵀ·d of one side; the input's step is FROM vectors, the output's TO.
+template <int M, int FROM, int TO>
+inline __attribute__((always_inline)) void transform_input(const Vec* d, Vec* v) {
+  if constexpr (M == 2) {
+    v[0 * TO] = d[0 * FROM] - d[2 * FROM];
+    v[1 * TO] = d[1 * FROM] + d[2 * FROM];
+    v[2 * TO] = d[2 * FROM] - d[1 * FROM];
+    v[3 * TO] = d[1 * FROM] - d[3 * FROM];
+  } else {
+    const Vec d1 = d[1 * FROM], d2 = d[2 * FROM], d3 = d[3 * FROM], d4 = d[4 * FROM];
+    const Vec even1 = fma(-Q2, d2, d4), odd1 = fma(-Q2, d1, d3), even2 = fma(-P2, d2, d4), odd2 = fma(-P2, d1, d3);
+    v[0 * TO] = fma(P2 * Q2, d[0 * FROM], fma(-P2 - Q2, d2, d4));
+    v[1 * TO] = fma(P, odd1, even1);
+    v[2 * TO] = fma(-P, odd1, even1);
+    v[3 * TO] = fma(Q, odd2, even2);
+    v[4 * TO] = fma(-Q, odd2, even2);
+    v[5 * TO] = fma(P2 * Q2, d1, fma(-P2 - Q2, d3, d[5 * FROM]));
+  }
+}
+
+// Aᵀ·v of one side.
+template <int M, int FROM, int TO>
+inline __attribute__((always_inline)) void transform_output(const Vec* v, Vec* y) {
+  if constexpr (M == 2) {
+    y[0 * TO] = v[0 * FROM] + (v[1 * FROM] + v[2 * FROM]);
+    y[1 * TO] = (v[1 * FROM] - v[2 * FROM]) - v[3 * FROM];
+  } else {
+    const Vec even1 = v[1 * FROM] + v[2 * FROM], odd1 = v[1 * FROM] - v[2 * FROM];
+    const Vec even2 = v[3 * FROM] + v[4 * FROM], odd2 = v[3 * FROM] - v[4 * FROM];
+    y[0 * TO] = (v[0 * FROM] + even1) + even2;
+    y[1 * TO] = fma(P, odd1, Vec(Q) * odd2);
+    y[2 * TO] = fma(P2, even1, Vec(Q2) * even2);
+    y[3 * TO] = fma(P2 * P, odd1, fma(Q2 * Q, odd2, v[5 * FROM]));
+  }
+}
+
+struct Place {
+  int64_t image, row, column;  // of the tile's first output pixel
+};
+
+inline Place place(const WinogradTask& t, int64_t tile) {
+  const int64_t columns = t.columns(), tiles = t.rows() * columns;
+  return {tile / tiles, tile % tiles / columns * t.m, tile % columns * t.m};
+}
+
+template <int M>
+void inputs(const WinogradTask& t, int64_t begin, int64_t end) {
+  constexpr int N = M + 2;
+  const int64_t half = t.up ? 1 : 0, width = t.width >> half, pixels = (t.height >> half) * width, depth = t.depth();
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const Place at = place(t, t.first + tile);
+    int64_t index[N * N];  // of the pixel, or −1
+    for (int64_t i = 0; i < N; ++i)
+      for (int64_t j = 0; j < N; ++j) {
+        const int64_t y = at.row + i - 1, x = at.column + j - 1;
+        const bool inside = y >= 0 && y < t.height && x >= 0 && x < t.width;
+        index[i * N + j] = inside ? at.image * pixels + (y >> half) * width + (x >> half) : -1;
+      }
+    float* to = t.inputs + tile * depth;
+    for (int64_t part = 0; part < 2; to += t.channels[part], ++part) {
+      const int64_t channels = t.channels[part];
+      if (channels == 0) continue;
+      const float* from[N * N];
+      for (int64_t i = 0; i < N * N; ++i) from[i] = index[i] < 0 ? t.zeros : t.x[part] + index[i] * channels;
+      for (int64_t c = 0; c < channels; c += V) {
+        const int64_t count = std::min(V, channels - c);
+        Vec d[N * N];
+        for (int64_t j = 0; j < N; ++j) {
+          Vec column[N];
+#pragma GCC unroll 6
+          for (int64_t i = 0; i < N; ++i) column[i] = load(from[i * N + j] + c, count);
+          transform_input<M, 1, N>(column, d + j);
+        }
+        for (int64_t i = 0; i < N; ++i) {
+          Vec row[N];
+          transform_input<M, 1, 1>(d + i * N, row);
+#pragma GCC unroll 6
+          for (int64_t j = 0; j < N; ++j) store(to + (i * N + j) * t.stride + c, row[j], count);
+        }
+      }
+    }
+  }
+}
+
+// Row i of G·g·Gᵀ, for all channels of a block: to is (m + 2, channels, vectors).
+template <int M>
+void filter_row(const float* g, int64_t i, int64_t depth, int64_t step, float* to) {
+  constexpr int N = M + 2;
+  Vec left[3];
+  float right[N][3];
+  for (int64_t k = 0; k < 3; ++k) left[k] = Vec(static_cast<float>(filter_coefficient(M, i, k)));
+  for (int64_t j = 0; j < N; ++j)
+    for (int64_t k = 0; k < 3; ++k) right[j][k] = static_cast<float>(filter_coefficient(M, j, k));
+  for (int64_t c = 0; c < depth; ++c, g += 9 * step, to += step)
+    for (int64_t n = 0; n < step; n += V) {
+      Vec s[3], u[N];
+#pragma GCC unroll 3
+      for (int64_t k = 0; k < 3; ++k) {
+        const float* x = g + k * step + n;
+        s[k] = at::vec::fmadd(left[2], Vec::loadu(x + 6 * step),
+                              at::vec::fmadd(left[1], Vec::loadu(x + 3 * step), left[0] * Vec::loadu(x)));
+      }
+      u[0] = Vec(right[0][0]) * s[0];
+#pragma GCC unroll 2
+      for (int64_t j = 1; j < N - 1; j += 2) {  // points ±p
+        const Vec even = fma(right[j][2], s[2], Vec(right[j][0]) * s[0]), odd = Vec(right[j][1]) * s[1];
+        u[j] = even + odd;
+        u[j + 1] = even - odd;
+      }
+      u[N - 1] = s[2];
+#pragma GCC unroll 6
+      for (int64_t j = 0; j < N; ++j) u[j].store(to + j * depth * step + n);
+    }
+}
+
+template <int64_t NV, int64_t R>
+inline void product_rows(const float* x, const float* w, float* y, int64_t depth, int64_t count) {
+  const float* rows[R];
+  for (int64_t r = 0; r < R; ++r) rows[r] = x + std::min(r, count - 1) * depth;
+  Tile<NV, R> tile;
+  tile.add(rows, w, depth, NV * V, depth);
+  tile.finish();
+#pragma GCC unroll 8
+  for (int64_t r = 0; r < R; ++r) {
+    if (r >= count) break;
+#pragma GCC unroll 3
+    for (int64_t n = 0; n < NV; ++n) tile.sum[r][n].store(y + (r * NV + n) * V);
+  }
+}
+
+// y (tiles, vectors) = x (tiles, depth)·w (depth, vectors)
+template <int64_t NV>
+void product(const float* x, const float* w, float* y, int64_t tiles, int64_t depth) {
+  for (int64_t p = 0; p < tiles; p += ROWS, x += ROWS * depth, y += ROWS * NV * V) {
+    const int64_t count = std::min(ROWS, tiles - p);
+    if (ROWS > 4 && count <= 4) {
+      product_rows<NV, 4>(x, w, y, depth, count);
+    } else {
+      product_rows<NV, ROWS>(x, w, y, depth, count);
+    }
+  }
+}
+
+template <int M, bool UP, int64_t NV>
+void output_tiles(const WinogradTask& t, const float* products, int64_t stride, int64_t first_vector) {
+  constexpr int N = M + 2;
+  const int64_t first = first_vector * V, left = t.to.channels - first;
+  const Vec scale(t.to.scale);
+  for (int64_t tile = 0; tile < t.tiles; ++tile) {
+    const Place at = place(t, t.first + tile);
+    const int64_t rows = std::min<int64_t>(M, t.height - at.row), columns = std::min<int64_t>(M, t.width - at.column);
+    for (int64_t n = 0; n < NV; ++n) {
+      const float* from = products + (tile * NV + n) * V;
+      const int64_t count = left - n * V;
+      const Vec bias = Vec::loadu(t.to.bias + first + n * V);
+      Vec half[M * N];
+#pragma GCC unroll 6
+      for (int64_t j = 0; j < N; ++j) {
+        Vec column[N];
+#pragma GCC unroll 6
+        for (int64_t i = 0; i < N; ++i)
+          column[i] = UP && (i == 2 || j == 2) ? Vec(0.f) : Vec::loadu(from + (i * N + j) * stride);
+        transform_output<M, 1, N>(column, half + j);
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        Vec y[M];
+        transform_output<M, 1, 1>(half + i * N, y);
+        const int64_t pixel = (at.row + i) * t.width + at.column;
+        float* to = t.to.y + (at.image * t.to.pixels + pixel) * t.to.channels + first + n * V;
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < M; ++j) {
+          if (j >= columns) break;
+          Vec sum = y[j] + bias;
+          if (t.to.residual) {
+            const int64_t index = t.to.residual_index ? t.to.residual_index[pixel + j] : pixel + j;
+            const int64_t at_pixel = at.image * t.to.residual_pixels + index;
+            sum = sum + load(t.to.residual + at_pixel * t.to.channels + first + n * V, count);
+          }
+          store(to + j * t.to.channels, sum * scale, count);
+        }
+      }
+    }
+  }
+}
+
+template <int M, bool UP>
+void outputs(const WinogradTask& t, int64_t begin, int64_t end, float* scratch) {
+  constexpr int N = M + 2;
+  const int64_t depth = t.depth();
+  for (int64_t i = begin; i < end; ++i) {
+    const Block block = sign_fast::block(t.vectors, i);
+    const float* weights = t.weights + block.first * V * depth * (t.transformed ? N * N : 9);
+    with_vectors(block.vectors, [&](auto vectors) {
+      constexpr int64_t step = vectors * V;
+      const int64_t stride = winograd_stride(t.tiles, step);
+      float* filters = scratch + N * N * stride;
+      for (int64_t row = 0; row < N; ++row) {
+        if (UP && row == 2) continue;
+        if (!t.transformed) filter_row<M>(weights, row, depth, step, filters);
+        for (int64_t column = 0; column < N; ++column) {
+          if (UP && column == 2) continue;
+          const int64_t k = row * N + column;
+          const float* filter = t.transformed ? weights + k * depth * step : filters + column * depth * step;
+          product<vectors>(t.inputs + k * t.stride, filter, scratch + k * stride, t.tiles, depth);
+        }
+      }
+      output_tiles<M, UP, vectors>(t, scratch, stride, block.first);
+    });
+  }
+}
+
+}  // namespace
+
+void SIGN_FAST_ENTRY(winograd_inputs)(const WinogradTask& t, int64_t begin, int64_t end) {
+  t.m == 2 ? inputs<2>(t, begin, end) : inputs<4>(t, begin, end);
+}
+
+void SIGN_FAST_ENTRY(winograd_outputs)(const WinogradTask& t, int64_t begin, int64_t end, float* scratch) {
+  if (t.m == 4) {
+    outputs<4, false>(t, begin, end, scratch);
+  } else if (t.up) {
+    outputs<2, true>(t, begin, end, scratch);
+  } else {
+    outputs<2, false>(t, begin, end, scratch);
+  }
+}
+
+}  // namespace sign_fast
