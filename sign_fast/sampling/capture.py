@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -51,7 +51,8 @@ class _Device:
 
     One pool: temporaries of different graphs lie at the same addresses. One side stream: cuBLAS has one workspace a
     stream, which every graph captured on it uses. So two graphs must not run at the same time, on whatever streams:
-    `free` is the point from which the next one may, and it is the device that waits for it, not the host.
+    `free` is the point from which the next one may, and it is the device that waits for it, not the host. The side
+    stream waits for every turn as well: torch's allocator orders memory by the stream that it was allocated on.
     """
 
     def __init__(self) -> None:
@@ -59,12 +60,12 @@ class _Device:
         self.lock = threading.RLock()
         self.free = torch.cuda.Event()
         self.side = torch.cuda.Stream()
-        self.handle: tuple[int, int] | None = None
+        self.handle: Any = None
         self.recordings: weakref.WeakSet[_CudaRecording] = weakref.WeakSet()
         # torch's allocators may ask a graph whose capture failed whether an allocation is its own, as long as they live
         self.failed: list[torch.cuda.CUDAGraph] = []
 
-    def pool(self) -> tuple[int, int]:
+    def pool(self) -> Any:
         """The pool to capture into; a pool without graphs is being freed and cannot be shared any more."""
         if self.handle is None or not self.recordings:
             self.handle = torch.cuda.graph_pool_handle()
@@ -78,6 +79,7 @@ _devices_lock = threading.Lock()
 class _CudaRecording:
     def __init__(self, graph: torch.cuda.CUDAGraph, output: Tensor, device: _Device) -> None:
         self.output = output
+        self.pool = graph.pool()
         self._graph = graph
         self._device = device
         device.recordings.add(self)
@@ -127,6 +129,7 @@ class CudaCapture:
                 yield
             finally:
                 device.free.record(stream)
+                device.side.wait_event(device.free)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -153,7 +156,7 @@ class CudaCapture:
             raise
         return _CudaRecording(graph, output, device)
 
-    def _abandon(self, graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
+    def _abandon(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:
         """Give up a capture that failed; a pool that torch's allocator was left allocating to is not used again."""
         try:
             torch._C._cuda_endAllocateToPool(self._index, pool)  # type: ignore[attr-defined]
@@ -171,6 +174,8 @@ class CudaCapture:
         return torch.cuda.is_current_stream_capturing()
 
     def reserved(self) -> int:
-        if self._shared is None or self._shared.handle is None:
+        if self._shared is None:
             return 0
-        return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(self._shared.handle))
+        with self._shared.lock:
+            pools = {recording.pool for recording in self._shared.recordings}
+            return sum(segment["total_size"] for pool in pools for segment in torch.cuda.memory_snapshot(pool))

@@ -6,11 +6,10 @@ import os
 import threading
 import warnings
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from ..errors import SignFastError, first_line
 from .capture import Capture, CudaCapture, Recording
 from .synchronising import find_synchronising
 
+T = TypeVar("T")
 Inputs: TypeAlias = Mapping[str, Tensor]
 Function: TypeAlias = Callable[[Inputs], Tensor]
 Watched: TypeAlias = Callable[[], Iterable[Tensor]]
@@ -175,8 +175,7 @@ class Graphs:
             if key.bucket > self.largest(key):
                 raise BucketTooLarge(key.bucket)
             if os.environ.get(SWITCH) == "1" or self._capture.capturing():
-                with self._fits(key):
-                    return function(self._copies(inputs))[:rows]
+                return self._in_memory(key, lambda: function(self._copies(inputs)))[:rows]
             self._check_process()
             with self._lock, self._capture.turn():
                 graph = self._graph(key, inputs, function, watched, constant)
@@ -213,8 +212,10 @@ class Graphs:
         if os.getpid() != self._process:
             return {"device": str(self.device), "graphs": 0, **dict.fromkeys(self._counts, 0), "bytes": {}}
         with self._lock:
-            added = [(graph.key, graph.pool_bytes + graph.input_bytes) for graph in self._graphs.values()]
-            return {"device": str(self.device), "graphs": len(added), **self._counts, "bytes": dict(added)}
+            added: Counter[GraphKey] = Counter()  # a key has several graphs where torch's settings were changed
+            for graph in self._graphs.values():
+                added[graph.key] += graph.pool_bytes + graph.input_bytes
+            return {"device": str(self.device), "graphs": len(self._graphs), **self._counts, "bytes": dict(added)}
 
     def _graph(
         self, key: GraphKey, inputs: Inputs, function: Function, watched: Watched, constant: Collection[str]
@@ -234,10 +235,10 @@ class Graphs:
         while len(self._graphs) >= self.max_graphs:
             self._graphs.popitem(last=False)[1].recording.reset()
             self._counts["evictions"] += 1
-        with self._fits(key):
-            self._graphs[whole] = self._captured(key, inputs, function, addresses)
+        graph = self._in_memory(key, lambda: self._captured(key, inputs, function, addresses))
+        self._graphs[whole] = graph
         self._counts["captures"] += 1
-        return self._graphs[whole]
+        return graph
 
     def _captured(self, key: GraphKey, inputs: Inputs, function: Function, addresses: tuple[Any, ...]) -> _Graph:
         before = self._capture.reserved()
@@ -257,11 +258,9 @@ class Graphs:
             except RuntimeError as error:
                 if out_of_memory(error):
                     raise
-                found = find_synchronising(self._capture.record, lambda: function(static))
-                remedy = f"{'remove it' if found else 'mend it'} or set {SWITCH}=1"
-                raise SignFastError(
-                    f"the network cannot be captured: {found or first_line(error)}; {remedy}"
-                ) from error
+                found = find_synchronising(lambda: function(static), self._capture.record)
+                why = f"{found}; remove it" if found else f"{first_line(error)}; mend it"
+                raise SignFastError(f"the network cannot be captured: {why} or set {SWITCH}=1") from error
         return _Graph(key, recording, static, addresses, self._capture.reserved() - before)
 
     def _copies(self, inputs: Inputs) -> dict[str, Tensor]:
@@ -271,16 +270,14 @@ class Graphs:
             copy.copy_(inputs[name], non_blocking=True)
         return copies
 
-    @contextmanager
-    def _fits(self, key: GraphKey) -> Iterator[None]:
-        """Turns an exhausted memory within into `BucketTooLarge`, after what was taken there is free again."""
+    def _in_memory(self, key: GraphKey, attempt: Callable[[], T]) -> T:
+        """What `attempt` returns; where memory runs out, what was taken is given back and the bucket is too large."""
         try:
-            yield
-            return
+            return attempt()
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            why = first_line(error)  # only its text: its traceback holds the activations
+            why = first_line(error)  # no more than its text: its traceback holds the activations
         self._capture.release()
         if key.bucket == 1:
             raise SignFastError(
@@ -323,7 +320,7 @@ def _settings(device: torch.device) -> tuple[Any, ...]:
         torch.is_autocast_enabled(device.type),
         torch.get_autocast_dtype(device.type),
         torch.backends.cuda.matmul.fp32_precision,
-        cudnn.conv.fp32_precision,
+        cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
         cudnn.deterministic,
         cudnn.benchmark,
         torch.are_deterministic_algorithms_enabled(),
@@ -359,9 +356,7 @@ def pad(tensor: Tensor, bucket: int, dim: int = 0) -> Tensor:
     if missing == 0:
         return tensor
     last = tensor.narrow(dim, tensor.shape[dim] - 1, 1)
-    return torch.cat(
-        [tensor, last.expand([missing if d == dim % tensor.ndim else -1 for d in range(tensor.ndim)])], dim
-    )
+    return torch.cat([tensor, last.repeat_interleave(missing, dim, output_size=missing)], dim)
 
 
 def generate_in_buckets(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,14 +45,12 @@ class Synchronisation:
         return f"{self.operator}{f' ({self.why})' if self.why else ''} synchronises at {self.where}"
 
 
-def find_synchronising(
-    function: Callable[[Callable[[], Any]], Any], inner: Callable[[], Any]
-) -> Synchronisation | None:
-    """The first operator of `inner` that synchronises, or None.
+def find_synchronising(function: Callable[[], Any], run: Callable[[Callable[[], Any]], Any]) -> Synchronisation | None:
+    """The first operator of a function that synchronises, or None.
 
     Args:
-        function: called with `inner` under watch; runs it, in a capture for instance. Its errors are swallowed.
-        inner: what is looked into.
+        function: what is looked into.
+        run: runs the function that it is given, in a capture for instance; a RuntimeError of it says no more here.
 
     Returns:
         The operator that raised an error, as every synchronising one does in a capture; where none did, the first one
@@ -62,12 +61,10 @@ def find_synchronising(
 
     def watched() -> Any:
         with watch:
-            return inner()
+            return function()
 
-    try:
-        function(watched)
-    except RuntimeError:
-        pass
+    with contextlib.suppress(RuntimeError):
+        run(watched)
     return watch.failed or watch.known
 
 
