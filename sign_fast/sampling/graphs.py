@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SignFastError, first_line
+from .buckets import LARGEST_BUCKET, bucket_of
 from .capture import Capture, CudaCapture, Recording
 from .synchronising import find_synchronising
 
@@ -24,7 +25,6 @@ Function: TypeAlias = Callable[[Inputs], Tensor]
 Watched: TypeAlias = Callable[[], Iterable[Tensor]]
 
 SWITCH = "SIGN_FAST_DISABLE_GRAPHS"
-LARGEST_BUCKET = 512
 WARM_UPS = 2  # the first run compiles and picks algorithms, the second shows that nothing is left to do
 
 
@@ -125,7 +125,7 @@ class Graphs:
     ) -> None:
         if max_graphs < 1:
             raise ValueError(f"max_graphs must be at least 1, not {max_graphs}")
-        if bucket_of(largest_bucket, largest_bucket) != largest_bucket:
+        if largest_bucket < 1 or largest_bucket & (largest_bucket - 1):
             raise ValueError(f"largest_bucket must be a power of two, not {largest_bucket}")
         self.device = torch.device(device)
         self.max_graphs = max_graphs
@@ -153,8 +153,8 @@ class Graphs:
 
         Args:
             key: of the graph.
-            inputs: tensors of any shape whose batch is the bucket (see `pad`), on this device, or on the CPU and not
-                written to again. The function gets contiguous copies on this device.
+            inputs: tensors of any shape whose batch is the bucket (see `buckets.pad`), on this device, or on the CPU
+                and not written to again. The function gets contiguous copies on this device.
             function: makes a tensor (bucket, …) from inputs with the names given. All it reads are inputs and what
                 `watched` yields; it does not synchronise.
             watched: yields the network's tensors, always in one order; called every time, so keep them in a list. The
@@ -337,26 +337,6 @@ def out_of_memory(error: BaseException) -> bool:
             return True
         link = link.__cause__ or link.__context__
     return False
-
-
-def bucket_of(batch: int, largest: int = LARGEST_BUCKET) -> int:
-    """The batch size in which `batch` images are made: the next power of two, at most `largest`.
-
-    Raises:
-        ValueError: batch < 1.
-    """
-    if batch < 1:
-        raise ValueError(f"a batch has at least one image, not {batch}")
-    return min(1 << (batch - 1).bit_length(), largest)
-
-
-def pad(tensor: Tensor, bucket: int, dim: int = 0) -> Tensor:
-    """`tensor` with its last row along `dim` repeated up to `bucket` rows; the tensor itself where it has as many."""
-    missing = bucket - tensor.shape[dim]
-    if missing == 0:
-        return tensor
-    last = tensor.narrow(dim, tensor.shape[dim] - 1, 1)
-    return torch.cat([tensor, last.repeat_interleave(missing, dim, output_size=missing)], dim)
 
 
 def generate_in_buckets(

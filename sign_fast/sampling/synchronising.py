@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -35,14 +36,16 @@ _TORCH = str(Path(torch.__file__).parent)
 
 @dataclass(frozen=True)
 class Synchronisation:
-    """An operator, e.g. "aten::nonzero", why it waits where that is known, and FILE:LINE of its caller."""
+    """An operator, e.g. "aten::nonzero", why it waits ("" where that is not known), FILE:LINE of its caller."""
 
     operator: str
     why: str
     where: str
 
     def __str__(self) -> str:
-        return f"{self.operator}{f' ({self.why})' if self.why else ''} synchronises at {self.where}"
+        if not self.why:
+            return f"{self.operator} is not allowed in a CUDA graph, called at {self.where}"
+        return f"{self.operator} ({self.why}) synchronises at {self.where}"
 
 
 def find_synchronising(function: Callable[[], Any], run: Callable[[Callable[[], Any]], Any]) -> Synchronisation | None:
@@ -53,15 +56,19 @@ def find_synchronising(function: Callable[[], Any], run: Callable[[Callable[[], 
         run: runs the function that it is given, in a capture for instance; a RuntimeError of it says no more here.
 
     Returns:
-        The operator that raised an error, as every synchronising one does in a capture; where none did, the first one
-        that is known to synchronise. `torch.cuda.set_sync_debug_mode` would find them too, but in the whole process:
-        it would raise in threads that may well synchronise.
+        The operator that raised an error, as every synchronising one does in a capture, or the function of torch that
+        did; where none did, the first one that is known to synchronise. `torch.cuda.set_sync_debug_mode` would find
+        them too, but in the whole process: it would raise in threads that may well synchronise.
     """
     watch = _Watch()
 
     def watched() -> Any:
-        with watch:
-            return function()
+        try:
+            with watch:
+                return function()
+        except RuntimeError as error:
+            watch.failed = watch.failed or _raised(error.__traceback__)
+            raise
 
     with contextlib.suppress(RuntimeError):
         run(watched)
@@ -118,9 +125,26 @@ def _masks(indices: Sequence[Tensor | None]) -> bool:
     return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
 
 
+def _ours_or_torchs(frame: FrameType) -> bool:
+    return frame.f_code.co_filename.startswith((_TORCH, __file__, "<"))
+
+
 def _caller() -> str:
     """FILE:LINE of the innermost Python frame that is neither torch's nor this file's."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith((_TORCH, __file__, "<")):
+    while frame.f_back is not None and _ours_or_torchs(frame):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def _raised(traceback: TracebackType | None) -> Synchronisation | None:
+    """The function of torch, no operator, that raised an error, e.g. torch.cuda.synchronize; None if none did."""
+    found = where = None
+    while traceback is not None:
+        frame = traceback.tb_frame
+        if not _ours_or_torchs(frame):
+            where, found = f"{frame.f_code.co_filename}:{traceback.tb_lineno}", None
+        elif where and found is None:
+            found = Synchronisation(f"{frame.f_globals['__name__']}.{frame.f_code.co_name}", "", where)
+        traceback = traceback.tb_next
+    return found
