@@ -174,9 +174,8 @@ class Graphs:
         with torch.inference_mode(False), torch.no_grad():
             if key.bucket > self.largest(key):
                 raise BucketTooLarge(key.bucket)
-            if os.environ.get(SWITCH) == "1" or self._capture.capturing():
+            if not self._captures():
                 return self._in_memory(key, lambda: function(self._copies(inputs)))[:rows]
-            self._check_process()
             with self._lock, self._capture.turn():
                 graph = self._graph(key, inputs, function, watched, constant)
                 graph.fill(inputs, constant)
@@ -301,6 +300,13 @@ class Graphs:
                 GraphRecaptureWarning,
                 stacklevel=2,
             )
+
+    def _captures(self) -> bool:
+        """Whether a call made now may use graphs."""
+        if os.environ.get(SWITCH) == "1":
+            return False
+        self._check_process()  # first: CUDA answers no question in a forked process
+        return not self._capture.capturing()
 
     def _check_process(self) -> None:
         if os.getpid() == self._process:
