@@ -145,11 +145,8 @@ class CudaCapture:
         device, graph = self._device, torch.cuda.CUDAGraph()
         pool = device.pool()
         try:
-            # the stream once more: where the capture cannot be ended, torch.cuda.graph does not restore it
-            with (
-                torch.cuda.stream(device.side),
-                torch.cuda.graph(graph, pool=pool, stream=device.side, capture_error_mode="thread_local"),
-            ):
+            # thread_local: other threads may allocate and synchronise meanwhile
+            with torch.cuda.graph(graph, pool=pool, stream=device.side, capture_error_mode="thread_local"):
                 output = function()
         except BaseException:
             self._abandon(graph, pool)

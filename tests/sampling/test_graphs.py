@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import warnings
 import weakref
@@ -458,8 +459,19 @@ def test_a_forked_process_does_not_use_the_parents_graphs():
 def test_a_forked_process_may_start_its_own():
     graphs, _ = make()
     network = Network()
-    with graphs._lock:  # as if a thread of the parent were at work
-        answer = in_child(lambda: torch.equal(run(graphs, network), plainly(network)))
+    held, done = threading.Event(), threading.Event()
+
+    def work():
+        with graphs._lock:
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=work)  # which the child does not have, but its lock
+    thread.start()
+    held.wait()
+    answer = in_child(lambda: signal.alarm(20) or torch.equal(run(graphs, network), plainly(network)))
+    done.set()
+    thread.join()
     assert answer == "True"
 
 
