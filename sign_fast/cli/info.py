@@ -32,6 +32,23 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _graphs() -> dict[str, str]:
+    from ..sampling import graphs
+
+    off = os.environ.get(graphs.SWITCH) == "1"
+    here = [
+        f"{entry['graphs']} on {entry['device']}, {entry['captured_bytes'] / 2**20:.1f} MiB"
+        for entry in graphs.captured()
+        if entry["graphs"]
+    ]
+    return {
+        "generations": f"run without, {graphs.SWITCH}=1"
+        if off
+        else f"captured on CUDA; {graphs.SWITCH}=1 turns it off",
+        "captured in this process": "; ".join(here) or "none",
+    }
+
+
 def gather() -> dict[str, dict[str, Any]]:
     """All that `info` tells, as tables."""
     import torch
@@ -62,6 +79,7 @@ def gather() -> dict[str, dict[str, Any]]:
         "C++ extension": {"loaded": "yes"} if missing is None else {"loaded": "no", "why": str(missing)},
         "devices": devices,
         "operations": overview.operations(),
+        "CUDA graphs": _graphs(),
         "networks": {"bundled": ", ".join(bundled_names()) or "none", "presets": ", ".join(preset_names())},
         "switches": switches or {"SIGN_FAST_*": "none set"},
     }

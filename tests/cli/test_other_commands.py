@@ -8,9 +8,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from stand_in_capture import StandIn
 from test_generate import run
 
+from sign_fast.cli.info import gather
 from sign_fast.kernels import extension
+from sign_fast.sampling.graphs import GraphKey, Graphs
 
 
 def test_info_tells_what_is_here(capfd):
@@ -18,8 +22,23 @@ def test_info_tells_what_is_here(capfd):
     facts = json.loads(out)
     assert status == 0
     assert facts["C++ extension"]["loaded"] == ("yes" if extension.missing() is None else "no")
-    assert set(facts) == {"versions", "C++ extension", "devices", "operations", "networks", "switches"}
+    assert set(facts) == {"versions", "C++ extension", "devices", "operations", "CUDA graphs", "networks", "switches"}
     assert "digits-uncond" in facts["networks"]["bundled"]
+
+
+def test_info_tells_of_graphs(monkeypatch):
+    monkeypatch.delenv("SIGN_FAST_DISABLE_GRAPHS", raising=False)
+    assert gather()["CUDA graphs"] == {
+        "generations": "captured on CUDA; SIGN_FAST_DISABLE_GRAPHS=1 turns it off",
+        "captured in this process": "none",
+    }
+    monkeypatch.setenv("SIGN_FAST_DISABLE_GRAPHS", "1")
+    graphs = Graphs("cpu", capture=StandIn)
+    assert gather()["CUDA graphs"]["generations"] == "run without, SIGN_FAST_DISABLE_GRAPHS=1"
+    monkeypatch.setenv("SIGN_FAST_DISABLE_GRAPHS", "0")
+    key = GraphKey(0, 4, "plan", torch.float32, False, "torch", "float")
+    graphs.run(key, {"x": torch.zeros(4, 2**18)}, lambda inputs: inputs["x"] + 1, list)
+    assert gather()["CUDA graphs"]["captured in this process"] == "1 on cpu, 8.0 MiB"
 
 
 def test_info_gives_the_reason(capfd):
