@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -56,6 +57,40 @@ class SeededNoise:
         low, high = limits if len(limits) == 2 else (0, *limits)
         shape = tuple(size[1:])
         return torch.stack([torch.randint(low, high, shape, generator=g, **kwargs) for g in self.generators])
+
+
+def check_seeds(seeds: Iterable[int]) -> list[int]:
+    """The seeds as a list, each a whole number that names one image.
+
+    Raises:
+        SignFastError: none at all, not a whole number, negative, 2⁶³ or more, or named twice.
+    """
+    try:
+        given = list(seeds)
+    except TypeError as error:
+        raise SignFastError(f"seeds must be a list of whole numbers, not {_short(seeds)}: write [{seeds}]") from error
+    if not given:
+        raise SignFastError("no seeds: give at least one")
+    numbers: dict[int, None] = {}
+    for seed in given:
+        try:
+            number = operator.index(seed)
+        except (TypeError, ValueError) as error:
+            raise SignFastError(f"seed {_short(seed)} is not a whole number: give numbers such as 0, 1, 2") from error
+        if isinstance(seed, bool):
+            raise SignFastError(f"seed {seed} is not a whole number: give numbers such as 0, 1, 2")
+        if not 0 <= number < 1 << 63:
+            raise SignFastError(f"seed {number} is out of range: seeds are 0 to 2^63 - 1")
+        if number in numbers:
+            raise SignFastError(f"seed {number} is there twice: a seed is one image, name it once")
+        numbers[number] = None
+    return list(numbers)
+
+
+def _short(value: object) -> str:
+    """repr in one line."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def parse_seeds(text: str) -> list[int]:
