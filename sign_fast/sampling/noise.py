@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import SignFastError
+from ..errors import SignFastError, short, whole_number
 
 
 class SeededNoise:
@@ -68,29 +68,17 @@ def check_seeds(seeds: Iterable[int]) -> list[int]:
     try:
         given = list(seeds)
     except TypeError as error:
-        raise SignFastError(f"seeds must be a list of whole numbers, not {_short(seeds)}: write [{seeds}]") from error
+        raise SignFastError(f"seeds must be a list of whole numbers, not {short(seeds)}") from error
     if not given:
         raise SignFastError("no seeds: give at least one")
-    numbers: dict[int, None] = {}
-    for seed in given:
-        try:
-            number = operator.index(seed)
-        except (TypeError, ValueError) as error:
-            raise SignFastError(f"seed {_short(seed)} is not a whole number: give numbers such as 0, 1, 2") from error
-        if isinstance(seed, bool):
-            raise SignFastError(f"seed {seed} is not a whole number: give numbers such as 0, 1, 2")
-        if not 0 <= number < 1 << 63:
-            raise SignFastError(f"seed {number} is out of range: seeds are 0 to 2^63 - 1")
-        if number in numbers:
-            raise SignFastError(f"seed {number} is there twice: a seed is one image, name it once")
-        numbers[number] = None
-    return list(numbers)
-
-
-def _short(value: object) -> str:
-    """repr in one line."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    numbers = [whole_number(seed, "seed") for seed in given]
+    for seed in numbers:
+        if not 0 <= seed < 1 << 63:
+            raise SignFastError(f"seed {seed} is out of range: seeds are 0 to 2^63 - 1")
+    if len(set(numbers)) < len(numbers):
+        twice = next(seed for seed, count in Counter(numbers).items() if count > 1)
+        raise SignFastError(f"seed {twice} is there twice: a seed is one image, name it once")
+    return numbers
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -11,10 +10,11 @@ from itertools import accumulate
 from numbers import Real
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import SignFastError, first_line
+from ..errors import SignFastError, first_line, whole_number
 from .ablation import ablation_sampler
 from .edm import edm_sampler
 from .noise import check_seeds
@@ -122,10 +122,7 @@ def check_steps(steps: object) -> int:
     Raises:
         SignFastError: not a whole number, or less than 1.
     """
-    try:
-        number = operator.index(steps)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise SignFastError(f"steps must be a whole number, not {steps!r}") from error
+    number = whole_number(steps, "steps")
     if number < 1:
         raise SignFastError(f"steps must be at least 1, not {number}")
     return number
@@ -141,15 +138,14 @@ def check_labels(labels: Labels, count: int, label_dim: int) -> list[int] | None
         return None
     if label_dim == 0:
         raise SignFastError("this network is unconditional: leave the class labels away")
-    given = labels.reshape(-1).tolist() if isinstance(labels, Tensor) else labels
+    given = labels.reshape(-1).tolist() if isinstance(labels, Tensor | np.ndarray) else labels
     wanted = list(given) if isinstance(given, Iterable) else [given]
     if len(wanted) not in (1, count):
         raise SignFastError(f"{len(wanted)} class labels for {count} images: give one, or one an image")
-    numbers = []
-    for label in wanted:
-        if isinstance(label, bool) or not hasattr(label, "__index__") or not 0 <= label < label_dim:
-            raise SignFastError(f"class label {label!r} is out of range: this network has classes 0 to {label_dim - 1}")
-        numbers.append(int(label))
+    numbers = [whole_number(label, "class label") for label in wanted]
+    for number in numbers:
+        if not 0 <= number < label_dim:
+            raise SignFastError(f"class label {number} is out of range: this network has classes 0 to {label_dim - 1}")
     return numbers * count if len(numbers) == 1 else numbers
 
 
