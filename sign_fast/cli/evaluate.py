@@ -10,6 +10,8 @@ import click
 
 from ..errors import SignFastError
 
+_SAMPLER_NAMES = {"edm": "Heun", "few_step": "few-step", "recursive": "recursive"}
+
 
 @click.command()
 @click.option("--network", help="Folder or bundled name of the generator.")
@@ -66,6 +68,7 @@ def _check_shape(shape: tuple[int, ...], source: object) -> None:
 
 
 def _generated(network: str, num: int, steps: int | None, batch: int, device: str | None) -> tuple[Any, dict[str, Any]]:
+    import numpy as np
     import torch
     from tqdm import tqdm
 
@@ -73,19 +76,13 @@ def _generated(network: str, num: int, steps: int | None, batch: int, device: st
     from ..sampling.generator import DEFAULT_STEPS
 
     generator = ImageGenerator.from_pretrained(network, device)
-    net = generator.net
-    _check_shape((net.img_channels, net.img_resolution, net.img_resolution), network)
+    _check_shape(generator.image_shape, network)
     steps = DEFAULT_STEPS[generator.role] if steps is None else steps
-    parts = []
-    for start in tqdm(range(0, num, batch), desc="generate", unit="batch"):
-        seeds = range(start, min(start + batch, num))
-        parts.append(generator(seeds, steps).cpu().permute(0, 3, 1, 2))
-    facts = {"images": num, "seeds": f"0-{num - 1}", "steps": steps, "sampler": _sampler_name(generator.role)}
-    return torch.cat(parts), facts
-
-
-def _sampler_name(role: str) -> str:
-    return "Heun" if role == "teacher" else "few-step"
+    batches = [range(start, min(start + batch, num)) for start in range(0, num, batch)]
+    arrays = tqdm(generator.stream(batches, steps), total=len(batches), desc="generate", unit="batch")
+    pixels = torch.from_numpy(np.concatenate(list(arrays))).permute(0, 3, 1, 2)
+    facts = {"images": num, "seeds": f"0-{num - 1}", "steps": steps, "sampler": _SAMPLER_NAMES[generator.sampler]}
+    return pixels, facts
 
 
 def _read(path: Path) -> tuple[Any, dict[str, Any]]:

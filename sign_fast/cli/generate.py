@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,13 @@ _ABLATION_OPTIONS = ["solver", "discretization", "schedule", "scaling"]
 @click.option("--grid", type=click.Path(path_type=Path, dir_okay=False), help="Also write a grid picture (PNG).")
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option(
+    "--noise", type=click.Choice(["torch", "philox"]), default="torch", show_default=True,
+    help="The published draws of each seed, or other draws that are made faster.",
+)  # fmt: skip
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Threads that write PNG files.  [default: cores, at most 8]"
+)
 def generate(
     network: str,
     outdir: Path,
@@ -52,6 +60,8 @@ def generate(
     grid: Path | None,
     device: str | None,
     dtype: str,
+    noise: str,
+    workers: int | None,
     sigma_G: float | None,
     **teacher: Any,
 ) -> None:
@@ -67,19 +77,26 @@ def generate(
     import torch
 
     from ..sampling import ImageGenerator
+    from ..sampling.pictures import check_channels
 
-    wanted = _seeds(seeds, num)
     process = this_process()
-    generator = ImageGenerator.from_pretrained(network, device_for(process, device), getattr(torch, dtype))
-    sampler, options = _sampler(generator.role, sigma_G, teacher)
-    if class_idx is not None:
-        _check_class(class_idx, generator.net.label_dim)
+    wanted = _seeds(seeds, num)
+    generator = ImageGenerator.from_pretrained(network, device_for(process, device), getattr(torch, dtype), noise)
+    sampler, options = _sampler(generator, sigma_G, teacher)
+    options |= {"steps": steps, "labels": class_idx, "sampler": sampler}
+    generator.check(wanted, **options)
+    check_channels(generator.image_shape[0])
     with process_group(process, generator.device.type):
-        _run(generator, wanted, outdir, subdirs, batch, steps, class_idx, sampler, options, process)
+        _run(generator, options, wanted, outdir, subdirs, batch, workers or _cores(), process)
         if process.world > 1:
             torch.distributed.barrier()
         if grid is not None and process.first:
             _write_grid(grid, outdir, wanted, subdirs)
+
+
+def _cores() -> int:
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, here)
 
 
 def _seeds(text: str | None, num: int | None) -> list[int]:
@@ -90,60 +107,57 @@ def _seeds(text: str | None, num: int | None) -> list[int]:
     return parse_seeds(text)[:num]
 
 
-def _check_class(number: int, label_dim: int) -> None:
-    if label_dim == 0:
-        raise SignFastError("this network is unconditional: leave --class away")
-    if not 0 <= number < label_dim:
-        raise SignFastError(f"--class {number} is out of range: this network has classes 0 to {label_dim - 1}")
-
-
-def _sampler(role: str, sigma_G: float | None, teacher: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _sampler(generator: Any, sigma_G: float | None, teacher: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The sampler's name and the options it takes; options of the other kind of network are refused."""
     given = {name: value for name, value in teacher.items() if value is not None}
-    if sigma_G is not None or role == "student":
-        if given:
-            names = ", ".join(f"--{'disc' if name == 'discretization' else name}" for name in given)
-            raise SignFastError(
-                f"{names} go with a teacher's sampler, not with a one- or few-step student: leave them away"
-            )
-        return "few_step", {} if sigma_G is None else {"sigma": sigma_G}
-    return ("ablation" if any(name in given for name in _ABLATION_OPTIONS) else "edm"), given
+    if sigma_G is None and generator.sampler == "edm":
+        return ("ablation" if any(name in given for name in _ABLATION_OPTIONS) else "edm"), given
+    if given:
+        names = ", ".join(f"--{'disc' if name == 'discretization' else name}" for name in given)
+        raise SignFastError(
+            f"{names} go with a teacher's sampler, not with a one- or few-step student: leave them away"
+        )
+    if sigma_G is None:
+        return generator.sampler, {}
+    if generator.sampler == "recursive":
+        raise SignFastError("--sigma_G is the input noise level of a student: this one takes none, leave it away")
+    return "few_step", {"sigma": sigma_G}
 
 
 def _run(
     generator: Any,
+    options: dict[str, Any],
     seeds: list[int],
     outdir: Path,
     subdirs: bool,
     batch: int,
-    steps: int | None,
-    class_idx: int | None,
-    sampler: str,
-    options: dict[str, Any],
+    workers: int,
     process: Any,
 ) -> None:
     from tqdm import tqdm
 
     from ..checkpoints.atomic import make_folder
-    from ..sampling.pictures import image_path, save_png
+    from ..sampling.pictures import PngWriter, image_path
 
-    make_folder(outdir)
     # batches are cut before they are spread, so that an image's batch, and with it its rounding, is always the same
     batches = [seeds[i : i + batch] for i in range(0, len(seeds), batch)][process.rank :: process.world]
+    missing = {
+        seed: path for part in batches for seed in part if not (path := image_path(outdir, seed, subdirs)).exists()
+    }
+    for folder in sorted({outdir, *(path.parent for path in missing.values())}):
+        make_folder(folder)
     total = sum(map(len, batches))
-    kept = 0
-    with tqdm(total=total, unit="image", desc="generate", disable=not process.first) as bar:
-        for part in batches:
-            missing = [i for i, seed in enumerate(part) if not image_path(outdir, seed, subdirs).exists()]
-            kept += len(part) - len(missing)
-            if missing:
-                images = generator(part, steps, class_idx, sampler, **options).cpu().numpy()
-                for i in missing:
-                    path = image_path(outdir, part[i], subdirs)
-                    if subdirs:
-                        make_folder(path.parent)
-                    save_png(path, images[i])
-            bar.update(len(part))
+    kept = total - len(missing)
+    batches = [part for part in batches if any(seed in missing for seed in part)]
+    with (
+        tqdm(total=total, initial=kept, unit="image", desc="generate", disable=not process.first) as bar,
+        PngWriter(workers, bar.update) as writer,
+    ):
+        arrays = generator.stream(batches, **options) if batches else ()
+        for part, images in zip(batches, arrays, strict=True):
+            for seed, image in zip(part, images, strict=True):
+                if seed in missing:
+                    writer.save(missing[seed], image)
     if process.first:
         note = f" ({kept} were there already)" if kept else ""
         click.echo(f"{len(seeds)} images in {outdir}{note if process.world == 1 else ''}")

@@ -1,23 +1,20 @@
-"""`ImageGenerator`: seeds in, uint8 images out."""
+"""`ImageGenerator`: seeds in, images out."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import functional
 from ..errors import SignFastError
-from ..models.precond import Precond
-from .ablation import ablation_sampler
-from .edm import edm_sampler
-from .noise import SeededNoise
-from .students import few_step, one_step
-
-Sampler = Callable[..., Tensor]
+from .engine import Engine
+from .requests import Labels, NetworkTraits, Output, Request, Sampler, check_choices, check_request
+from .transfer import Array, PinnedRing, Transfer, begin_transfer
 
 DEFAULT_STEPS = {"teacher": 18, "student": 1}
 
@@ -25,19 +22,40 @@ DEFAULT_STEPS = {"teacher": 18, "student": 1}
 class ImageGenerator:
     """Generates images with a network; image i depends on its seed alone, up to rounding.
 
+    ::
+
+        generator = ImageGenerator.from_pretrained("digits-uncond")
+        images = generator(range(64))  # uint8 (64, 8, 8, 1) on the network's device
+
+        pending = generator.submit(range(64))  # returns while the GPU works
+        array = pending.result()  # NumPy, when it is needed
+
+        for array in generator.stream([range(0, 64), range(64, 128)]):  # the next batch is under way already
+            save(array)
+
     Args:
-        net: a preconditioned network, teacher or student.
+        net: a network of `sign_fast.models`, or any denoiser net(x, sigma, class_labels) that says its img_resolution
+            and img_channels, and its label_dim where it has classes.
         role: "teacher" (many steps, Heun) or "student" (one to four calls).
+        dtype: of the inner network: float32, bfloat16 or float16; None keeps the network's own.
+        noise: "torch", the published draws of each seed, or "philox", other draws that are made faster.
 
     Raises:
-        SignFastError: an unknown role.
+        SignFastError: an unknown role, dtype or noise, or a network that does not fit.
     """
 
-    def __init__(self, net: Precond, role: str = "student") -> None:
+    def __init__(
+        self, net: Any, role: str = "student", *, dtype: torch.dtype | None = None, noise: str = "torch"
+    ) -> None:
+        self._start(net, role, dtype, noise, consume=False)
+
+    def _start(self, net: Any, role: str, dtype: torch.dtype | None, noise: str, consume: bool) -> None:
         if role not in DEFAULT_STEPS:
             raise SignFastError(f"role must be teacher or student, not {role!r}")
-        self.net = net.eval()
+        check_choices(dtype, noise)
         self.role = role
+        self._traits = NetworkTraits.of(net)
+        self._engine = Engine(net, dtype=dtype, consume=consume, noise=noise)
 
     @classmethod
     def from_pretrained(
@@ -45,125 +63,174 @@ class ImageGenerator:
         path_or_name: str | os.PathLike[str],
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        noise: str = "torch",
     ) -> ImageGenerator:
         """A generator with the network of a folder or a bundled name.
 
         Args:
             path_or_name, device: as in `sign_fast.models.load`.
-            dtype: of the inner network: float32 (None), bfloat16 or float16.
+            dtype, noise: as in the constructor.
 
         Raises:
-            SignFastError: the network cannot be loaded; one line saying why.
+            SignFastError: the network cannot be loaded, or an argument is wrong; one line saying why.
         """
         from ..checkpoints.store import find, read_config
         from ..models import load
 
-        net = load(path_or_name, device)
-        net.dtype = dtype if dtype is not None else net.dtype
-        return cls(net, read_config(find(path_or_name)).get("role", "student"))
+        check_choices(dtype, noise)
+        role = read_config(find(path_or_name)).get("role", "student")
+        generator = cls.__new__(cls)
+        generator._start(load(path_or_name, device), role, dtype, noise, consume=True)
+        return generator
 
     @property
     def device(self) -> torch.device:
         """Where the network is."""
-        return next(self.net.parameters()).device
+        return self._engine.device
 
-    def one_hot(self, labels: int | Sequence[int] | Tensor | None, noise: SeededNoise, count: int) -> Tensor | None:
-        """(count, label_dim) rows from class numbers, drawn from the seeds where labels is None.
+    @property
+    def label_dim(self) -> int:
+        """Number of classes, 0 for an unconditional network."""
+        return self._engine.label_dim
 
-        Raises:
-            SignFastError: labels on an unconditional network, a label out of range, or not one label an image.
-        """
-        dim = self.net.label_dim
-        if dim == 0:
-            if labels is not None:
-                raise SignFastError("this network is unconditional: leave the class labels away")
-            return None
-        if labels is None:
-            numbers = noise.randint(dim, size=[count]).to(self.device)
-        else:
-            wanted = torch.as_tensor(labels).reshape(-1).tolist()
-            if len(wanted) not in (1, count):
-                raise SignFastError(f"{len(wanted)} class labels for {count} images: give one, or one an image")
-            for number in wanted:
-                if int(number) != number or not 0 <= number < dim:
-                    raise SignFastError(
-                        f"class label {number} is out of range: this network has classes 0 to {dim - 1}"
-                    )
-            numbers = torch.tensor(wanted, dtype=torch.int64).expand(count).to(self.device)
-        return torch.nn.functional.one_hot(numbers, dim).float()
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self._engine.img_channels, self._engine.img_resolution, self._engine.img_resolution
 
-    def images(
-        self,
-        seeds: Iterable[int],
-        steps: int | None = None,
-        labels: int | Sequence[int] | Tensor | None = None,
-        sampler: str | Sampler | None = None,
-        **options: Any,
-    ) -> Tensor:
-        """As `__call__`, but (B, C, H, W) floats in about [-1, 1]."""
-        seeds = list(seeds)
-        if not seeds:
-            raise SignFastError("no seeds: give at least one")
-        steps = DEFAULT_STEPS[self.role] if steps is None else steps
-        if steps < 1:
-            raise SignFastError(f"steps must be at least 1, not {steps}")
-        noise = SeededNoise(self.device, seeds)
-        net = self.net
-        latents = noise.randn([len(seeds), net.img_channels, net.img_resolution, net.img_resolution])
-        class_labels = self.one_hot(labels, noise, len(seeds))
-        run = self._sampler(sampler, steps)
-        return run(net, latents, class_labels, noise.randn_like, num_steps=steps, **options)
-
-    def _sampler(self, sampler: str | Sampler | None, steps: int) -> Sampler:
-        if callable(sampler):
-            return sampler
-        if sampler is None:
-            sampler = "edm" if self.role == "teacher" else "few_step"
-        known: dict[str, Sampler] = {
-            "edm": edm_sampler,
-            "ablation": ablation_sampler,
-            "one_step": _one_step,
-            "few_step": few_step,
-        }
-        if sampler not in known:
-            raise SignFastError(f"unknown sampler {sampler!r}: known: {', '.join(known)}")
-        if sampler == "one_step" and steps != 1:
-            raise SignFastError(f"the one_step sampler makes 1 step, not {steps}: use few_step")
-        return known[sampler]
+    @property
+    def sampler(self) -> str:
+        """The sampler that is used where none is named."""
+        if self._traits.time_free:
+            return "recursive"
+        return "edm" if self.role == "teacher" else "few_step"
 
     def __call__(
         self,
         seeds: Iterable[int],
         steps: int | None = None,
-        labels: int | Sequence[int] | Tensor | None = None,
+        labels: Labels = None,
         sampler: str | Sampler | None = None,
+        *,
+        output: Output = "uint8",
         **options: Any,
     ) -> Tensor:
-        """Generate one batch.
+        """Generate one image a seed.
 
         Args:
-            seeds: one an image, whole numbers, taken modulo 2³².
-            steps: of the sampler; None means 1 for a student and 18 for a teacher.
+            seeds: whole numbers from 0, below 2⁶³, each once.
+            steps: sampling steps; None means 18 for a teacher and 1 for a student.
             labels: a class number, or one an image; None draws them from the seeds where the network has classes.
-            sampler: "edm", "ablation", "one_step", "few_step", or a function with `edm_sampler`'s first five arguments;
-                None means "edm" for a teacher and "few_step" for a student.
-            options: handed to the sampler, e.g. rho=7 or S_churn=40.
+            sampler: "edm", "ablation", "one_step", "few_step"; for a student without a time input "recursive" or
+                "multistep"; or a function with `edm_sampler`'s first five arguments, which calls the network as it
+                likes. None means "edm" for a teacher, "few_step" for a student, "recursive" for one without a time
+                input.
+            output: "uint8", or "float" for values in about [-1, 1].
+            options: of the sampler, e.g. rho=7 or S_churn=40.
 
         Returns:
-            (B, H, W, C) uint8 on the network's device.
+            (B, H, W, C) uint8, or (B, C, H, W) float32, on the network's device.
 
         Raises:
-            SignFastError: no seeds, steps < 1, labels that do not fit, an unknown sampler.
+            SignFastError: any of these is wrong; nothing has been computed then.
         """
-        return functional.to_uint8(self.images(seeds, steps, labels, sampler, **options))
+        return self._generate(self._request(seeds, steps, labels, sampler, output, options))
 
+    def check(
+        self,
+        seeds: Iterable[int],
+        steps: int | None = None,
+        labels: Labels = None,
+        sampler: str | Sampler | None = None,
+        *,
+        output: Output = "uint8",
+        **options: Any,
+    ) -> None:
+        """Raise the error that the same call would raise, and generate nothing."""
+        self._request(seeds, steps, labels, sampler, output, options)
 
-def _one_step(
-    net: Any,
-    latents: Tensor,
-    class_labels: Tensor | None,
-    randn_like: Callable[[Tensor], Tensor],
-    num_steps: int,
-    **options: Any,
-) -> Tensor:
-    return one_step(net, latents, class_labels, **options)
+    def submit(
+        self,
+        seeds: Iterable[int],
+        steps: int | None = None,
+        labels: Labels = None,
+        sampler: str | Sampler | None = None,
+        *,
+        output: Output = "uint8",
+        **options: Any,
+    ) -> Transfer:
+        """As `__call__`, for a NumPy array on the host: `.result()` of what is returned waits for it.
+
+        On CUDA the call returns once the work is launched, and the copy goes through pinned memory on a stream of its
+        own; on the CPU the images are there when it returns.
+        """
+        return self._submit(self._request(seeds, steps, labels, sampler, output, options))
+
+    def stream(
+        self,
+        batches: Iterable[Iterable[int]],
+        steps: int | None = None,
+        labels: Labels = None,
+        sampler: str | Sampler | None = None,
+        *,
+        output: Output = "uint8",
+        **options: Any,
+    ) -> Iterator[Array]:
+        """The images of several batches, in order, as NumPy arrays on the host.
+
+        On CUDA a batch is launched before the one ahead of it is handed out, so that the GPU works while its images
+        are copied and used. Everything is checked before this returns.
+
+        Args:
+            batches: lists of seeds; no seed twice in all of them together.
+            labels: a class number, or one an image over all batches; None as in `__call__`.
+            steps, sampler, output, options: as in `__call__`.
+
+        Returns:
+            Arrays as `__call__` gives them, one a batch.
+
+        Raises:
+            SignFastError: as in `__call__`; no batches, or an empty one.
+        """
+        parts = [list(seeds) for seeds in batches]
+        if not all(parts):
+            raise SignFastError("a batch without seeds: leave it away")
+        whole = self._request([seed for part in parts for seed in part], steps, labels, sampler, output, options)
+        return self._in_turn(whole.cut([len(part) for part in parts]))
+
+    def _in_turn(self, requests: list[Request]) -> Iterator[Array]:
+        ahead = 1 if self.device.type == "cuda" else 0  # on the CPU a batch launched ahead would only be waited for
+        pending: deque[Transfer] = deque()
+        for request in requests:
+            pending.append(self._submit(request))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+    def _request(
+        self,
+        seeds: Iterable[int],
+        steps: int | None,
+        labels: Labels,
+        sampler: str | Sampler | None,
+        output: Output,
+        options: dict[str, Any],
+    ) -> Request:
+        sampler = self.sampler if sampler is None else sampler
+        if steps is None:
+            steps = DEFAULT_STEPS[self.role]
+            if sampler == "multistep" and isinstance(options.get("noise_levels"), Sequence):
+                steps = len(options["noise_levels"]) + 1
+        return check_request(self._traits, seeds, sampler, steps, labels, output, options)
+
+    def _generate(self, request: Request) -> Tensor:
+        r = request
+        return self._engine.generate(r.seeds, r.sampler, r.steps, r.labels, r.output, **r.options)
+
+    @cached_property
+    def _ring(self) -> PinnedRing | None:
+        return PinnedRing(self.device) if self.device.type == "cuda" else None
+
+    def _submit(self, request: Request) -> Transfer:
+        return begin_transfer(self._generate(request), self._ring)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +20,8 @@ from PIL import Image
 
 from sign_fast.checkpoints.store import find
 from sign_fast.cli.main import main
+from sign_fast.sampling import ImageGenerator, pictures
+from sign_fast.sampling.pictures import PngWriter
 
 
 def run(capfd, *words):
@@ -178,6 +185,11 @@ def test_bad_network_folder(tmp_path, capfd, change, message):
         (["--device", "toaster"], 1, "not a device"),
         (["--sigma_G", "2.5", "--rho", "7"], 1, "--rho go with a teacher"),
         (["--nonsense"], 2, "--nonsense"),
+        (["--seeds", "1-3,2"], 1, "seed 2 is there twice"),
+        (["--seeds", "9223372036854775808"], 1, "seed 9223372036854775808 is out of range"),
+        (["--workers", "0"], 2, "--workers"),
+        (["--noise", "sobol"], 2, "--noise"),
+        (["--dtype", "int8"], 2, "--dtype"),
     ],
 )
 def test_bad_arguments(tmp_path, capfd, words, status, message, monkeypatch):
@@ -185,7 +197,7 @@ def test_bad_arguments(tmp_path, capfd, words, status, message, monkeypatch):
     got, _, err = generate(capfd, tmp_path / "out", *words)
     assert got == status and message in err
     assert err.startswith("sign-fast: error: ") and err.count("\n") == 1
-    assert not files(tmp_path)
+    assert not (tmp_path / "out").exists()
 
 
 def test_folder_that_is_a_file(tmp_path, capfd):
@@ -202,30 +214,149 @@ def test_folder_that_cannot_be_written(capfd):
     assert status == 1 and "cannot write" in err and err.count("\n") == 1
 
 
-def test_disk_full_leaves_nothing_half_written(tmp_path, capfd, monkeypatch):
-    import errno
+def refuse_the_third(monkeypatch, number):
+    """The third file that is written ends half-way with this error of the system."""
+    write, lock, count = Path.write_bytes, threading.Lock(), []
 
-    from PIL.Image import Image as Picture
+    def refusing(self, data):
+        with lock:
+            count.append(self)
+            third = len(count) == 3
+        if third:
+            write(self, data[:20])
+            raise OSError(number, os.strerror(number))
+        return write(self, data)
 
-    save = Picture.save
-    written = []
+    monkeypatch.setattr(Path, "write_bytes", refusing)
 
-    def full(self, path, *rest, **options):
-        written.append(path)
-        if len(written) == 3:
-            Path(path).write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save(self, path, *rest, **options)
 
-    monkeypatch.setattr(Picture, "save", full)
-    status, _, err = generate(capfd, tmp_path, "--num", 4)
-    assert status == 1 and "the disk is full: free some space" in err.splitlines()[-1]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["000000.png", "000001.png"]
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize(
+    "number, message",
+    [(errno.ENOSPC, "the disk is full: free some space"), (errno.EROFS, "the file system is read-only")],
+)
+def test_failed_write_stops_the_run_and_leaves_nothing_half_written(
+    tmp_path, capfd, monkeypatch, workers, number, message
+):
+    refuse_the_third(monkeypatch, number)
+    status, out, err = generate(capfd, tmp_path, "--num", 200, "--batch", 5, "--workers", workers)
+    last = err.splitlines()[-1]
+    assert status == 1 and not out and last.startswith("sign-fast: error: cannot write") and message in last
+    assert sum("error" in line for line in err.splitlines()) == 1
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert 2 <= len(names) < 50  # far from all: the writers did not go on
+    assert all(name.endswith(".png") and not name.startswith(".") for name in names)
+    for name in names:
+        Image.open(tmp_path / name).load()
+    if workers == 1:
+        assert names[:2] == ["000000.png", "000001.png"] and "000002.png" not in names
+
+
+def test_folder_that_vanishes(tmp_path, capfd, monkeypatch):
+    stream = ImageGenerator.stream
+
+    def vanishing(self, *rest, **options):
+        for i, array in enumerate(stream(self, *rest, **options)):
+            if i == 2:
+                (tmp_path / "out").rename(tmp_path / "elsewhere")
+            yield array
+
+    monkeypatch.setattr(ImageGenerator, "stream", vanishing)
+    status, _, err = generate(capfd, tmp_path / "out", "--num", 20, "--batch", 2)
+    assert status == 1 and "cannot write" in err.splitlines()[-1]
+    assert not list((tmp_path / "elsewhere").glob(".*"))
+
+
+def test_order_and_bytes_do_not_depend_on_the_workers(tmp_path, capfd):
+    words = ["--seeds", "3,1,900-930", "--batch", 7, "--subdirs"]
+    for workers in (1, 2, 7):
+        status, out, _ = generate(capfd, tmp_path / str(workers), *words, "--workers", workers)
+        assert status == 0 and "33 images" in out
+    assert len(files(tmp_path / "1")) == 33
+    assert files(tmp_path / "1") == files(tmp_path / "2") == files(tmp_path / "7")
+
+
+def test_files_hold_what_the_generator_gives(tmp_path, capfd):
+    generate(capfd, tmp_path, "--seeds", "0-9", "--batch", 4, "--workers", 3)
+    generator = ImageGenerator.from_pretrained("digits-uncond", "cpu")
+    for batch in ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9]):
+        for seed, want in zip(batch, generator(batch, 3).numpy(), strict=True):
+            assert (np.asarray(Image.open(tmp_path / f"{seed:06d}.png"))[:, :, None] == want).all()
+
+
+def test_noise(tmp_path, capfd):
+    for noise in ("torch", "philox"):
+        assert generate(capfd, tmp_path / noise, "--num", 3, "--noise", noise)[0] == 0
+    assert generate(capfd, tmp_path / "default", "--num", 3)[0] == 0
+    torch_, philox = files(tmp_path / "torch"), files(tmp_path / "philox")
+    assert torch_ == files(tmp_path / "default") and not set(torch_.values()) & set(philox.values())
+
+
+def test_the_bar_counts_what_has_been_saved(tmp_path, capfd):
+    for seed in (1, 5, 6):
+        shutil.copy(Path(__file__).parents[2] / "README.md", tmp_path / f"{seed:06d}.png")  # it is there: kept
+    status, _, err = generate(capfd, tmp_path, "--num", 10, "--batch", 4)
+    assert status == 0 and "3/10" in err and "10/10" in err.splitlines()[-1]
+
+
+def test_at_most_so_many_images_wait(tmp_path, capfd, monkeypatch):
+    waiting = []
+    save = PngWriter.save
+
+    def counting(self, path, image):
+        save(self, path, image)
+        waiting.append(len(self._jobs))
+
+    monkeypatch.setattr(PngWriter, "save", counting)
+    monkeypatch.setattr(pictures, "save_png", lambda path, image: time.sleep(0.002))
+    assert generate(capfd, tmp_path, "--num", 700, "--batch", 350, "--workers", 2)[0] == 0
+    assert len(waiting) == 700 and max(waiting) == 256
+
+
+@pytest.mark.parametrize("batches", [0, 1, 3])
+def test_interrupted_run_keeps_whole_files_and_goes_on(tmp_path, capfd, monkeypatch, batches):
+    words = ["--num", 20, "--batch", 4, "--workers", 3]
+    stream = ImageGenerator.stream
+
+    def interrupted(self, *rest, **options):
+        arrays = stream(self, *rest, **options)
+        yield from itertools.islice(arrays, batches)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageGenerator, "stream", interrupted)
+        status, _, err = generate(capfd, tmp_path / "a", *words)
+    assert status == 130 and "the same command goes on from there" in err.splitlines()[-1]
+    kept = files(tmp_path / "a")
+    assert len(kept) <= 4 * batches and len(kept) == len(list((tmp_path / "a").iterdir()))
+    status, out, _ = generate(capfd, tmp_path / "a", *words)
+    assert status == 0 and (not kept or f"({len(kept)} were there already)" in out)
+    generate(capfd, tmp_path / "b", *words)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_control_c_leaves_only_whole_files(tmp_path):
+    words = ["--network", "digits-uncond", "--device", "cpu", "--num", "100000", "--steps", "1", "--workers", "4"]
+    command = [sys.executable, "-m", "sign_fast.cli", "generate", *words, "--outdir", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        while process.poll() is None and not (tmp_path / "000200.png").exists():
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1].startswith("sign-fast: error: interrupted") and "Traceback" not in err
+    left = list(tmp_path.iterdir())
+    assert 200 <= len(left) < 100000 and all(path.suffix == ".png" for path in left)
+    for path in left:
+        Image.open(path).load()
 
 
 def test_help_and_version(capfd):
     assert run(capfd, "--version")[1].startswith("sign-fast, version 0.")
     out = run(capfd, "generate", "--help")[1]
-    for option in ("--sigma_G", "--S_churn", "--disc", "--subdirs", "--num"):
+    for option in ("--sigma_G", "--S_churn", "--disc", "--subdirs", "--num", "--workers", "--noise"):
         assert option in out
     assert run(capfd, "nonsense")[0] == 2
