@@ -14,7 +14,16 @@ import torch
 
 from golden_rules import normal
 from sign_fast.kernels import extension
-from sign_fast.sampling import ablation_sampler, edm_sampler, few_step, few_step_latent, multistep, one_step, recursive
+from sign_fast.sampling import (
+    SeededNoise,
+    ablation_sampler,
+    edm_sampler,
+    few_step,
+    few_step_latent,
+    multistep,
+    one_step,
+    recursive,
+)
 from sign_fast.sampling.ablation import ablation_plan
 from sign_fast.sampling.edm import edm_plan
 from sign_fast.sampling.loop import draw_ahead, run_plan, run_plan_reference
@@ -282,7 +291,10 @@ def all_samplers():
         numbers = iter(range(start, start + 99))
         return lambda x: normal(next(numbers), *x.shape).to(x)
 
+    seeded = SeededNoise("cpu", range(9))
     return {
+        "seeds": seeded.randn([9, 1, 8, 8]),
+        "labels": seeded.randint(10, size=[9]),
         "edm": edm_sampler(net, z),
         "churn": edm_sampler(net, z, randn_like=noise(), num_steps=6, S_churn=10),
         "ablation": ablation_sampler(net, z, num_steps=6, schedule="vp", scaling="vp", discretization="vp"),
