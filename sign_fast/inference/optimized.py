@@ -19,7 +19,6 @@ from . import reference
 from .build import build, fuse_joins, release
 from .conditioning import Conditioner, Conditioning
 from .native import native_program
-from .program import Program
 
 _CACHED_CONDITIONINGS = 64
 _CACHED_BYTES = 256 * 2**20

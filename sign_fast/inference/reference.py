@@ -45,7 +45,7 @@ def _step(operation: Operation, constants: tuple[Tensor, ...], rows: Tensor, val
         case Filter(input=source, residual=residual):
             y = _resample(operation, values[source], constants[operation.filter])
             skip = None if residual is None else values[residual]
-            values[operation.output] = _epilogue(y, constant(operation.bias), skip, operation.scale)
+            values[operation.output] = _epilogue(y, constant(operation.bias), skip, 1.0, operation.scale)
         case Norm(inputs=inputs):
             values[operation.output] = functional.group_norm_silu(
                 values[inputs[0]] if len(inputs) == 1 else (values[inputs[0]], values[inputs[1]]),
@@ -77,12 +77,12 @@ def _step(operation: Operation, constants: tuple[Tensor, ...], rows: Tensor, val
             )
 
 
-def _epilogue(y: Tensor, bias: Tensor | None, residual: Tensor | None, scale: float) -> Tensor:
-    """(y + bias + residual)·scale, in y's memory."""
+def _epilogue(y: Tensor, bias: Tensor | None, residual: Tensor | None, residual_scale: float, scale: float) -> Tensor:
+    """(y + bias + residual·residual_scale)·scale, in y's memory."""
     if bias is not None:
         y.add_(bias.reshape(1, -1, 1, 1))
     if residual is not None:
-        y.add_(residual)
+        y.add_(residual, alpha=residual_scale)
     return y if scale == 1 else y.mul_(scale)
 
 
@@ -95,34 +95,25 @@ def _convolution(
         inputs = tuple(F.avg_pool2d(x, 2) for x in inputs)
     if residual is not None and operation.residual_up:
         residual = F.interpolate(residual, scale_factor=2, mode="nearest")
+    # a bias in float32 is added to 16 bits in float32
+    early, late = (bias, None) if bias is not None and bias.dtype == weight.dtype else (None, bias)
     if weight.shape[-1] == 1 and operation.padding == 0:
-        return _pointwise(inputs, weight.flatten(1), bias, residual, operation.scale)
-    x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=1)
-    # 16 bits: the bias is added in float32
-    early = bias if bias is not None and bias.dtype == x.dtype else None
-    y = F.conv2d(x, weight, early, padding=operation.padding)
-    return _epilogue(y, None if early is not None else bias, residual, operation.scale)
-
-
-def _pointwise(
-    inputs: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None, residual: Tensor | None, scale: float
-) -> Tensor:
-    """A 1×1 convolution as products of matrices, which take the residual and the second input along."""
-    batch, _, height, width = inputs[0].shape
-    pixels = [x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) for x in inputs]
-    weights = [w.t() for w in weight.split([x.shape[1] for x in inputs], dim=1)]
-    if residual is not None and bias is None:
-        y = torch.addmm(
-            residual.permute(0, 2, 3, 1).reshape(-1, weight.shape[0]), pixels[0], weights[0], beta=scale, alpha=scale
-        )
-        residual, alpha, scale = None, scale, 1.0
-    elif bias is not None and bias.dtype == weight.dtype:
-        y, bias, alpha = torch.addmm(bias, pixels[0], weights[0]), None, 1.0
+        y = _pointwise(inputs, weight.flatten(1), early)
     else:
-        y, alpha = pixels[0] @ weights[0], 1.0
-    for x, w in zip(pixels[1:], weights[1:], strict=True):
-        y.addmm_(x, w, alpha=alpha)
-    return _epilogue(y.reshape(batch, height, width, -1).permute(0, 3, 1, 2), bias, residual, scale)
+        x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=1)
+        y = F.conv2d(x, weight, early, padding=operation.padding)
+    return _epilogue(y, late, residual, operation.residual_scale, operation.scale)
+
+
+def _pointwise(inputs: tuple[Tensor, ...], weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 1×1 convolution as products of matrices, which need no concatenation."""
+    batch, _, height, width = inputs[0].shape
+    first, *others = (x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) for x in inputs)
+    part, *parts = weight.split([x.shape[1] for x in inputs], dim=1)
+    y = F.linear(first, part, bias)
+    for x, w in zip(others, parts, strict=True):
+        y.addmm_(x, w.t())
+    return y.reshape(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 def _resample(operation: Filter, x: Tensor, taps: Tensor) -> Tensor:
