@@ -257,22 +257,34 @@ class _Builder:
         h = self.layer((self.norm(inputs, block.norm0),), conv0, None)
         if block.adaptive_scale:
             middle = (columns.start + columns.stop) // 2
-            scale, shift = Columns(columns.start, middle), Columns(middle, columns.stop)
-            h = self.norm((h,), block.norm1, input_bias=conv0_bias, scale=scale, shift=shift)
+            first, second = Columns(columns.start, middle), Columns(middle, columns.stop)
+            h = self.norm((h,), block.norm1, input_bias=conv0_bias, scale=first, shift=second)
         else:  # the columns come with conv0's bias, see `conditioning`
             h = self.norm((h,), block.norm1, emb=columns)
-        residual, residual_up, skip_bias = self.skip(inputs, block.skip)
-        h = self.layer(
-            (h,),
-            block.conv1,
-            _sum(block.conv1.bias, skip_bias),
-            residual=residual,
-            residual_up=residual_up,
-            scale=float(block.skip_scale),
-            defer=defer and not block.num_heads,
-        )
-        self.done(block.skip)
+        skip, scale = block.skip, float(block.skip_scale)
+        plain = defer and not block.num_heads
+        if plain and skip is not None and skip.weight is not None and _resampling(skip) == "none":
+            # the skip's products are added to what conv1 has made, which needs no buffer for them and no sum
+            h = self.layer((h,), block.conv1, block.conv1.bias, scale=scale, defer=True)
+            return self.deferred_skip(inputs, skip, h, scale)
+        residual, residual_up, skip_bias = self.skip(inputs, skip)
+        bias = _sum(block.conv1.bias, skip_bias)
+        h = self.layer((h,), block.conv1, bias, residual=residual, residual_up=residual_up, scale=scale, defer=plain)
+        self.done(skip)
         return self.attention(h, block, defer) if block.num_heads else h
+
+    def deferred_skip(self, inputs: tuple[int, ...], layer: Conv2d, h: int, scale: float) -> int:
+        """h + scale·(1×1 convolution of the inputs), its bias deferred."""
+        assert layer.weight is not None
+        bias, offset = layer.bias, self.offset(inputs)
+        if offset is not None:
+            bias = _sum(bias, layer.weight.detach().double().flatten(1) @ offset)
+        output = self.convolution(inputs, layer.weight.detach().double() * scale, residual=h)
+        total = _sum(self.offsets.get(h), None if bias is None else bias.detach().double() * scale)
+        if total is not None:
+            self.offsets[output] = total
+        self.done(layer)
+        return output
 
     def skip(self, inputs: tuple[int, ...], layer: Conv2d | None) -> tuple[int, bool, Tensor | None]:
         """(residual, whether it is read upsampled, bias that is still to be added) of a block's skip."""
