@@ -89,7 +89,9 @@ gpu_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def supports_triton(x: Tensor) -> Reason | None:
-    """None when Triton's kernels can take x, otherwise why not."""
+    """None when Triton's kernels can take x, otherwise why not; on the meta device the operators give the shapes."""
     if x.is_cuda:
         return gpu_reason(x.device.index)
+    if x.is_meta:
+        return None
     return None if interpreting() and x.is_cpu else _NOT_A_GPU

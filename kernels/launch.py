@@ -6,7 +6,9 @@ time and counting their bytes all start from the same list.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,8 +45,25 @@ class Launch:
         )
 
 
+_noted: ContextVar[list[Launch]] = ContextVar("noted")
+
+
+@contextmanager
+def noting() -> Iterator[list[Launch]]:
+    """The launches that the operators' GPU versions, called with meta tensors, would make."""
+    launches: list[Launch] = []
+    token = _noted.set(launches)
+    try:
+        yield launches
+    finally:
+        _noted.reset(token)
+
+
 def run(launches: Iterable[Launch], device: torch.device) -> None:
-    """Run the launches in order on `device`'s current stream (in the interpreter: on the CPU)."""
+    """Run the launches in order on `device`'s current stream (in the interpreter: on the CPU; on meta: note them)."""
+    if device.type == "meta":
+        _noted.get().extend(launches)
+        return
     if device.type != "cuda":
         for launch in launches:
             launch.run()

@@ -12,6 +12,9 @@ from .device import interpreting
 # the kernels step through memory by the strides that were traced: a compiler may not choose others
 TAGS = (torch.Tag.needs_exact_strides,)
 
+on_gpu: dict[str, Callable[..., Any]] = {}
+"""Each operator's Triton version by name."""
+
 
 def register(
     library: torch.library.Library,
@@ -25,9 +28,10 @@ def register(
     Returns:
         call(name, *arguments): the operator, or in Triton's interpreter its GPU version on the CPU's tensors.
     """
-    for name, (shapes, on_gpu, on_cpu) in implementations.items():
+    for name, (shapes, triton, on_cpu) in implementations.items():
         torch.library.register_fake(f"sign_fast::{name}", shapes, lib=library)
-        library.impl(name, on_gpu, "CUDA")
+        library.impl(name, triton, "CUDA")
+        on_gpu[name] = triton
         library.impl(name, on_cpu, cpu)
     operators = {name: getattr(torch.ops.sign_fast, name).default for name in implementations}
 

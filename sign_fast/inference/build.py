@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,8 @@ def build(net: Precond, dtype: torch.dtype, *, into: Sequence[Tensor] | None = N
 
     What is folded: the bias of a block's first convolution into the norm after it (into the affine's bias where that
     is added there, see `conditioning`); the bias of a 1×1 skip into that of the convolution it is added to; of
-    attention's projection the bias of k, which no softmax sees, away and the bias of v through the output projection.
+    attention's projection the bias of k, which no softmax sees, away and the bias of v through the output projection;
+    the bias of a block's output, where no `JoinNorm` can take it, into all that read it; √½ there into the weight.
 
     Args:
         net: on any device, meta too; not changed, but by `consume`.
@@ -71,6 +73,8 @@ class _Builder:
         self.buffers = [Buffer(net.img_channels, size, size)]
         self.operations: list[Operation] = []
         self.constants: list[Tensor] = []
+        # what is still to be added to a buffer's channels by those who read it, float64
+        self.offsets: dict[int, Tensor] = {}
 
     # ---- constants ----
 
@@ -89,9 +93,17 @@ class _Builder:
         return index
 
     def bias(self, *terms: Tensor | None) -> int | None:
-        """The sum of vectors, as a constant; None where there are none."""
-        given = [t.detach().double() for t in terms if t is not None]
-        return self.constant(sum(given[1:], given[0]), self.wide) if given else None
+        """The sum of vectors as a constant; None where there are none."""
+        total = _sum(*terms)
+        return None if total is None else self.constant(total, self.wide)
+
+    def offset(self, inputs: tuple[int, ...]) -> Tensor | None:
+        """Of the concatenation of buffers; None where nothing is to be added."""
+        if not any(i in self.offsets for i in inputs):
+            return None
+        device = next(iter(self.offsets.values())).device
+        zeros = (torch.zeros(self.buffers[i].channels, dtype=torch.float64, device=device) for i in inputs)
+        return torch.cat([self.offsets.get(i, zero) for i, zero in zip(inputs, zeros, strict=True)])
 
     def done(self, *modules: nn.Module | None) -> None:
         """The parameters of these modules are folded."""
@@ -110,17 +122,18 @@ class _Builder:
         layer: GroupNorm,
         *,
         silu: bool = True,
-        input_bias: int | None = None,
+        input_bias: Tensor | None = None,
         emb: Columns | None = None,
         scale: Columns | None = None,
         shift: Columns | None = None,
     ) -> int:
+        added = self.bias(input_bias, self.offset(inputs))
         first = self.buffers[inputs[0]]
         output = self.buffer(sum(self.buffers[i].channels for i in inputs), first.height, first.width)
         weight, bias = self.constant(layer.weight, self.wide), self.constant(layer.bias, self.wide)
         self.done(layer)
         self.operations.append(
-            Norm(inputs, output, layer.num_groups, layer.eps, weight, bias, input_bias, emb, scale, shift, silu)
+            Norm(inputs, output, layer.num_groups, layer.eps, weight, bias, added, emb, scale, shift, silu)
         )
         return output
 
@@ -134,6 +147,7 @@ class _Builder:
         resampling: Resampling = "none",
         residual: int | None = None,
         residual_up: bool = False,
+        residual_scale: float = 1.0,
         scale: float = 1.0,
     ) -> int:
         """Of a weight (C_out, C_in, k, k); padding None keeps height and width."""
@@ -147,7 +161,7 @@ class _Builder:
         output = self.buffer(weight.shape[0], height, width)
         index = self.constant(weight, self.dtype)
         self.operations.append(
-            Convolution(inputs, output, index, bias, padding, resampling, residual, residual_up, scale)
+            Convolution(inputs, output, index, bias, padding, resampling, residual, residual_up, residual_scale, scale)
         )
         return output
 
@@ -177,112 +191,138 @@ class _Builder:
         self,
         inputs: tuple[int, ...],
         layer: Conv2d,
-        bias: int | None,
+        bias: Tensor | None,
         *,
         rows: int | None = None,
         residual: int | None = None,
         residual_up: bool = False,
         scale: float = 1.0,
+        defer: bool = False,
     ) -> int:
-        """A `Conv2d` with a kernel, resampling included; `rows` keeps its first outputs only."""
+        """A `Conv2d` with a kernel, resampling included.
+
+        Args:
+            bias: of the sum, which is not always the layer's own.
+            rows: keep this many outputs.
+            defer: leave the bias to those who read the output, and put `scale` into the weight.
+        """
         assert layer.weight is not None
-        weight = layer.weight if rows is None else layer.weight[:rows]
-        w_pad = weight.shape[-1] // 2
-        f_pad = 0 if layer.resample_filter is None else _f_pad(layer)
-        resampling: Resampling = "up" if layer.up else "down" if layer.down else "none"
-        padding = w_pad
+        weight = layer.weight.detach() if rows is None else layer.weight.detach()[:rows]
+        w_pad, f_pad = weight.shape[-1] // 2, _f_pad(layer)
+        if residual is not None and residual in self.offsets:
+            bias = _sum(bias, self.offsets[residual])
         if layer.down and layer.fused_resample:
-            wide = self.convolution(inputs, weight, padding=w_pad + f_pad)
-            output = self.filter(wide, layer, 0, bias, residual, scale)
+            wide = self.convolution((self.joined(inputs),), weight, padding=w_pad + f_pad)
+            output = self.filter(wide, layer, 0, self.bias(bias), residual, scale)
             self.done(layer)
             return output
-        if resampling != "none" and not is_box(layer):
+        resampling, padding = _resampling(layer), w_pad
+        if resampling != "none" and not layer.box:
             fused = layer.up and layer.fused_resample
             inputs = (self.filter(self.joined(inputs), layer, max(f_pad - w_pad, 0) if fused else f_pad),)
-            padding = max(w_pad - f_pad, 0) if fused else w_pad
-            resampling = "none"
-        output = self.convolution(
-            inputs,
-            weight,
-            bias,
-            padding=padding,
-            resampling=resampling,
-            residual=residual,
-            residual_up=residual_up,
-            scale=scale,
-        )
+            resampling, padding = "none", max(w_pad - f_pad, 0) if fused else w_pad
+        elif self.offset(inputs) is not None:
+            inputs = (self.joined(inputs),)
+        sums: dict[str, Any] = {"residual": residual, "residual_up": residual_up}
+        if defer:
+            sums["residual_scale"] = scale
+            weight = weight.double() * scale
+        else:
+            sums["scale"] = scale
+        index = None if defer else self.bias(bias)
+        output = self.convolution(inputs, weight, index, padding=padding, resampling=resampling, **sums)
+        if defer and bias is not None:
+            self.offsets[output] = bias.detach().double() * scale
         self.done(layer)
         return output
 
     def joined(self, inputs: tuple[int, ...]) -> int:
-        """One buffer with the concatenation, which only unusual networks need: a 1×1 convolution with the identity."""
-        if len(inputs) == 1:
+        """One buffer with the concatenation and nothing to be added, by a 1×1 convolution with the identity.
+
+        Only unusual networks need it.
+        """
+        offset = self.offset(inputs)
+        if len(inputs) == 1 and offset is None:
             return inputs[0]
         channels = sum(self.buffers[i].channels for i in inputs)
-        device = self.constants[0].device
-        return self.convolution(inputs, torch.eye(channels, device=device)[:, :, None, None])
+        identity = torch.eye(channels, device=self.constants[0].device)[:, :, None, None]
+        return self.convolution(inputs, identity, self.bias(offset))
 
     # ---- networks ----
 
-    def block(self, inputs: tuple[int, ...], block: UNetBlock) -> int:
+    def block(self, inputs: tuple[int, ...], block: UNetBlock, defer: bool = False) -> int:
+        """`defer`: the output is read as half of a concatenation next, where no `JoinNorm` can be."""
         columns, conv0 = self.columns[block], block.conv0
-        h = self.norm(inputs, block.norm0)
-        # the Linear that made the columns has conv0's bias in its own where they are added before the norm
-        input_bias = self.bias(conv0.bias) if block.adaptive_scale else None
-        h = self.layer((h,), conv0, None)
+        conv0_bias = None if conv0.bias is None else conv0.bias.detach()
+        h = self.layer((self.norm(inputs, block.norm0),), conv0, None)
         if block.adaptive_scale:
             middle = (columns.start + columns.stop) // 2
-            scale, shift = Columns(columns.start, middle), Columns(middle, columns.stop)
-            h = self.norm((h,), block.norm1, input_bias=input_bias, scale=scale, shift=shift)
-        else:
+            first, second = Columns(columns.start, middle), Columns(middle, columns.stop)
+            h = self.norm((h,), block.norm1, input_bias=conv0_bias, scale=first, shift=second)
+        else:  # the columns come with conv0's bias, see `conditioning`
             h = self.norm((h,), block.norm1, emb=columns)
-        residual, residual_up, skip_bias = self.skip(inputs, block.skip)
-        bias = self.bias(block.conv1.bias, skip_bias)
-        sums = {"residual": residual, "residual_up": residual_up, "scale": float(block.skip_scale)}
-        h = self.layer((h,), block.conv1, bias, **sums)  # type: ignore[arg-type]
-        self.done(block.skip)
-        return self.attention(h, block) if block.num_heads else h
+        skip, scale = block.skip, float(block.skip_scale)
+        plain = defer and not block.num_heads
+        if plain and skip is not None and skip.weight is not None and _resampling(skip) == "none":
+            # the skip's products are added to what conv1 has made, which needs no buffer for them and no sum
+            h = self.layer((h,), block.conv1, block.conv1.bias, scale=scale, defer=True)
+            return self.deferred_skip(inputs, skip, h, scale)
+        residual, residual_up, skip_bias = self.skip(inputs, skip)
+        bias = _sum(block.conv1.bias, skip_bias)
+        h = self.layer((h,), block.conv1, bias, residual=residual, residual_up=residual_up, scale=scale, defer=plain)
+        self.done(skip)
+        return self.attention(h, block, defer) if block.num_heads else h
+
+    def deferred_skip(self, inputs: tuple[int, ...], layer: Conv2d, h: int, scale: float) -> int:
+        """h + scale·(1×1 convolution of the inputs), its bias deferred."""
+        assert layer.weight is not None
+        bias, offset = layer.bias, self.offset(inputs)
+        if offset is not None:
+            bias = _sum(bias, layer.weight.detach().double().flatten(1) @ offset)
+        output = self.convolution(inputs, layer.weight.detach().double() * scale, residual=h)
+        total = _sum(self.offsets.get(h), None if bias is None else bias.detach().double() * scale)
+        if total is not None:
+            self.offsets[output] = total
+        self.done(layer)
+        return output
 
     def skip(self, inputs: tuple[int, ...], layer: Conv2d | None) -> tuple[int, bool, Tensor | None]:
         """(residual, whether it is read upsampled, bias that is still to be added) of a block's skip."""
         if layer is None:
-            return self.joined(inputs), False, None
-        weight = layer.weight
-        if layer.up:  # a 1×1 convolution and a resampling commute, and the convolution is cheaper before
-            source = self.joined(inputs) if weight is None else self.convolution(inputs, weight)
-            if is_box(layer):
-                return source, True, layer.bias
-            return self.filter(source, layer, _f_pad(layer)), False, layer.bias
-        if weight is None:
-            return self.filter(self.joined(inputs), layer, _f_pad(layer)), False, None
-        if layer.down and not is_box(layer):
-            return (
-                self.convolution((self.filter(self.joined(inputs), layer, _f_pad(layer)),), weight),
-                False,
-                layer.bias,
-            )
-        return self.convolution(inputs, weight, resampling="down" if layer.down else "none"), False, layer.bias
+            return inputs[0] if len(inputs) == 1 else self.joined(inputs), False, None
+        filtered = _resampling(layer) != "none" and not (layer.box and layer.weight is not None)
+        if layer.down and filtered:
+            inputs = (self.filter(self.joined(inputs), layer, _f_pad(layer)),)
+        source, bias = self.joined(inputs) if layer.weight is None else -1, layer.bias
+        if layer.weight is not None:  # a 1×1 convolution and upsampling commute, and the convolution is cheaper first
+            offset = self.offset(inputs)
+            if offset is not None:
+                bias = _sum(bias, layer.weight.detach().double().flatten(1) @ offset)
+            resampling: Resampling = "down" if layer.down and layer.box else "none"
+            source = self.convolution(inputs, layer.weight, resampling=resampling)
+        if layer.up and not layer.box:
+            return self.filter(source, layer, _f_pad(layer)), False, bias
+        return source, layer.up, bias
 
-    def attention(self, h: int, block: UNetBlock) -> int:
+    def attention(self, h: int, block: UNetBlock, defer: bool) -> int:
         qkv, proj = block.qkv, block.proj
         assert qkv.weight is not None and proj.weight is not None
         channels = block.out_channels
         normed = self.norm((h,), block.norm2, silu=False)
         weight = qkv.weight.reshape(channels, 3, channels).transpose(0, 1).reshape(3 * channels, channels, 1, 1)
-        bias = moved = None
+        bias, moved = None, None
         if qkv.bias is not None:
             q, _, v = qkv.bias.detach().double().reshape(channels, 3).unbind(1)
-            bias = self.bias(torch.cat([q, torch.zeros_like(q), torch.zeros_like(q)]))
+            # in the weight's dtype: a product of matrices takes no other along
+            bias = self.constant(torch.cat([q, torch.zeros_like(q), torch.zeros_like(q)]), self.dtype)
             moved = proj.weight.detach().double().flatten(1) @ v
-        mixed = self.buffer(channels, self.buffers[h].height, self.buffers[h].width)
         source = self.convolution((normed,), weight, bias)
-        self.operations.append(Attention(source, mixed, block.num_heads))
-        bias = self.bias(proj.bias, moved)
         self.done(qkv)
-        return self.layer((mixed,), proj, bias, residual=h, scale=float(block.skip_scale))
-
-    def decoder_input(self, x: int, name: str, skips: list[int]) -> tuple[int, ...]:
-        return (x, skips.pop()) if "_block" in name else (x,)
+        mixed = self.buffer(channels, self.buffers[h].height, self.buffers[h].width)
+        self.operations.append(Attention(source, mixed, block.num_heads))
+        return self.layer(
+            (mixed,), proj, _sum(proj.bias, moved), residual=h, scale=float(block.skip_scale), defer=defer
+        )
 
     def song(self, model: SongUNet) -> int:
         skips: list[int] = []
@@ -296,24 +336,26 @@ class _Builder:
             if "_aux_down" in name:
                 aux = self.filter(aux, layer, _f_pad(layer))
             elif "_aux_skip" in name:
-                x = skips[-1] = self.layer((aux,), layer, self.bias(layer.bias), residual=x)
+                x = skips[-1] = self.layer((aux,), layer, layer.bias, residual=x)
             elif "_aux_residual" in name:
-                x = skips[-1] = aux = self.layer((aux,), layer, self.bias(layer.bias), residual=x, scale=0.5**0.5)
+                x = skips[-1] = aux = self.layer((aux,), layer, layer.bias, residual=x, scale=0.5**0.5)
             else:
-                x = self.layer((x,), layer, self.bias(layer.bias))
+                x = self.layer((x,), layer, layer.bias, defer=True)
                 skips.append(x)
 
         out: int | None = None
         out_up = False
         normed = x
-        for name, layer in model.dec.items():
+        names = list(model.dec)
+        for name, following in zip(names, [*names[1:], ""], strict=True):
+            layer = model.dec[name]
             if isinstance(layer, UNetBlock):
-                x = self.block(self.decoder_input(x, name, skips), layer)
+                x = self.block((x, skips.pop()) if "_block" in name else (x,), layer, "_block" in following)
             elif isinstance(layer, GroupNorm):
                 normed = self.norm((x,), layer)
             elif "_aux_up" in name:
                 assert isinstance(layer, Conv2d) and out is not None
-                out_up = is_box(layer)
+                out_up = layer.box
                 out = out if out_up else self.filter(out, layer, _f_pad(layer))
             else:
                 assert isinstance(layer, Conv2d)
@@ -330,27 +372,33 @@ class _Builder:
                 x = self.block((x,), layer)
             else:
                 assert isinstance(layer, Conv2d)
-                x = self.layer((x,), layer, self.bias(layer.bias))
+                x = self.layer((x,), layer, layer.bias, defer=True)
             skips.append(x)
-        for name, layer in model.dec.items():
+        names = list(model.dec)
+        for name, following in zip(names, [*names[1:], ""], strict=True):
+            layer = model.dec[name]
             assert isinstance(layer, UNetBlock)
-            x = self.block(self.decoder_input(x, name, skips), layer)
+            x = self.block((x, skips.pop()) if "_block" in name else (x,), layer, "_block" in following)
         return self.last((self.norm((x,), model.out_norm),), model.out_conv, None, False)
 
     def last(self, inputs: tuple[int, ...], layer: Conv2d, residual: int | None, residual_up: bool) -> int:
         """A convolution that makes outputs of the network, of which the image's channels are wanted."""
-        bias = None if layer.bias is None else self.bias(layer.bias[: self.channels])
+        bias = None if layer.bias is None else layer.bias[: self.channels]
         return self.layer(inputs, layer, bias, rows=self.channels, residual=residual, residual_up=residual_up)
 
 
-def is_box(layer: Conv2d) -> bool:
-    """Whether the layer's filter is [1, 1]: nearest-neighbour upsampling, the mean of 2×2 pixels."""
-    return layer.resample_filter is not None and layer.box
+def _resampling(layer: Conv2d) -> Resampling:
+    return "up" if layer.up else "down" if layer.down else "none"
 
 
 def _f_pad(layer: Conv2d) -> int:
-    assert layer.resample_filter is not None
-    return (layer.resample_filter.shape[-1] - 1) // 2
+    return 0 if layer.resample_filter is None else (layer.resample_filter.shape[-1] - 1) // 2
+
+
+def _sum(*terms: Tensor | None) -> Tensor | None:
+    """Of vectors, in float64; None where there are none."""
+    given = [t.detach().double() for t in terms if t is not None]
+    return sum(given[1:], given[0]) if given else None
 
 
 def fuse_joins(program: Program) -> Program:
@@ -367,7 +415,7 @@ def fuse_joins(program: Program) -> Program:
             isinstance(operation, Norm)
             and isinstance(last, Convolution | Filter)
             and last.residual is not None
-            and not (isinstance(last, Convolution) and last.residual_up)
+            and not (isinstance(last, Convolution) and (last.residual_up or last.residual_scale != 1))
             and operation.inputs == (last.output,)
             and (operation.emb, operation.scale, operation.shift, operation.input_bias) == (None,) * 4
         ):

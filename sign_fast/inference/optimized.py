@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,8 +18,8 @@ from ..models.precond import INNER_DTYPES, Precond
 from . import reference
 from .build import build, fuse_joins, release
 from .conditioning import Conditioner, Conditioning
+from .launches import LaunchCounter
 from .native import native_program
-from .program import Program
 
 _CACHED_CONDITIONINGS = 64
 _CACHED_BYTES = 256 * 2**20
@@ -120,7 +120,7 @@ class OptimizedNet(nn.Module):
             x = x.to(self.conditioner.wide)
             labels = self.conditioner.labels(class_labels, x)
             c_skip, c_out, c_in, rows = self._condition(sigma, labels, x)
-            f = self.run((c_in.reshape(-1, 1, 1, 1) * x).to(self.dtype), rows)
+            f = self.run(_scaled(x, c_in.reshape(-1, 1, 1, 1), self.dtype), rows)
             return functional.precondition(x, f, c_skip.reshape(-1, 1, 1, 1), c_out.reshape(-1, 1, 1, 1))
 
     def forward(
@@ -142,6 +142,17 @@ class OptimizedNet(nn.Module):
         """
         _refuse(unsupported)
         return self._denoise(x, sigma, class_labels)
+
+    def launches(self, batch: int = 1) -> Counter[str]:
+        """Device launches of one forward by operator, noise level fixed; see `sign_fast.inference.launches`."""
+        program = fuse_joins(self._unfused)
+        program = replace(program, constants=tuple(torch.empty_like(c, device="meta") for c in program.constants))
+        x = torch.empty((batch, self.img_channels, self.img_resolution, self.img_resolution), device="meta")
+        rows, coefficient = torch.empty((1, program.width), device="meta"), torch.empty((1, 1, 1, 1), device="meta")
+        with LaunchCounter() as counter:
+            f = reference.run(program, _scaled(x, coefficient, self.dtype), rows)
+            functional.precondition(x, f, coefficient, coefficient)
+        return counter.counts
 
     # ---- changes of the constants ----
 
@@ -202,6 +213,12 @@ class OptimizedIdempotentNet(OptimizedNet):
 
 def _loaded(net: OptimizedNet, _: object) -> None:
     net._refresh()
+
+
+def _scaled(x: Tensor, c_in: Tensor, dtype: torch.dtype) -> Tensor:
+    """c_in·x in `dtype` and channels_last, in one pass."""
+    out = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
+    return torch.mul(x, c_in, out=out)
 
 
 def _refuse(arguments: dict[str, Any]) -> None:

@@ -30,18 +30,19 @@ class Columns:
 
 @dataclass(frozen=True)
 class Convolution:
-    """output = (conv(resample(concat(inputs))) + bias + residual)·scale, stride 1.
+    """output = (conv(resample(concat(inputs))) + bias + residual·residual_scale)·scale, stride 1.
 
     Args:
         inputs: one buffer, or two whose channels are concatenated.
         output: buffer.
         weight: constant (C_out, C_in, k, k).
-        bias: constant (C_out,), or None.
+        bias: constant (C_out,), or None; float32, but attention's projection has it in the weight's dtype.
         padding: zeros on each side of the resampled input.
         resampling: of the input, before the convolution: "up" nearest ×2, "down" the mean of 2×2.
         residual: buffer in the output's shape (half of it in height and width with residual_up), or None.
         residual_up: the residual is read as if nearest-upsampled ×2.
-        scale: factor of the sum.
+        residual_scale, scale: factors of the residual and of the sum. Where a norm can take up the sum, `fuse_joins`
+            finds it in `scale`; elsewhere the weight has it in itself, and only residual_scale is not 1.
     """
 
     inputs: tuple[int, ...]
@@ -52,6 +53,7 @@ class Convolution:
     resampling: Resampling = "none"
     residual: int | None = None
     residual_up: bool = False
+    residual_scale: float = 1.0
     scale: float = 1.0
 
 
