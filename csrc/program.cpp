@@ -35,7 +35,7 @@ Operation operation(const py::handle& o) {
                                 index("weight"),   index("bias"),
                                 index("padding"),  resampling(o.attr("resampling").cast<std::string>()),
                                 index("residual"), flag("residual_up"),
-                                real("scale")};
+                                real("residual_scale"), real("scale")};
   if (kind == "Filter")
     return FilterOperation{index("input"),   index("output"), index("filter"),   flag("up"),
                            index("padding"), index("bias"),   index("residual"), real("scale")};
@@ -64,10 +64,10 @@ ProgramData parse(const py::handle& program) {
   return data;
 }
 
-std::shared_ptr<Executor> make(const py::handle& program, bool native, at::ScalarType dtype) {
+std::shared_ptr<Executor> make(const py::handle& program, bool native, at::ScalarType dtype, bool consume) {
   ProgramData data = parse(program);
   const py::gil_scoped_release released;
-  return native ? native_executor(data) : aten_executor(std::move(data), dtype);
+  return native ? native_executor(data, consume) : aten_executor(std::move(data), dtype);
 }
 
 }  // namespace
@@ -107,7 +107,7 @@ std::vector<std::vector<int64_t>> ProgramData::last_uses() const {
 
 void bind_program(py::module_& m) {
   py::class_<Executor, std::shared_ptr<Executor>>(m, "Program", "A network without Python; see sign_fast.inference.")
-      .def(py::init(&make), py::arg("program"), py::arg("native"), py::arg("dtype"))
+      .def(py::init(&make), py::arg("program"), py::arg("native"), py::arg("dtype"), py::arg("consume"))
       .def("run", &Executor::run, py::arg("x"), py::arg("rows"), py::call_guard<py::gil_scoped_release>())
       .def("denoise", &Executor::denoise, py::arg("x"), py::arg("rows"), py::arg("coefficients"),
            py::call_guard<py::gil_scoped_release>())

@@ -33,7 +33,7 @@ struct ConvolutionOperation {
   Resampling resampling;
   int64_t residual;
   bool residual_up;
-  double scale;
+  double residual_scale, scale;
 };
 
 struct FilterOperation {
@@ -93,7 +93,8 @@ class Executor {
   virtual int64_t bytes() const = 0;  // of packed weights and of scratch memory that is kept
 };
 
-std::unique_ptr<Executor> native_executor(const ProgramData& data);  // CPU, float32
+// CPU, float32; consume: each weight's tensor is emptied once it is packed, so that there are never two of all
+std::unique_ptr<Executor> native_executor(const ProgramData& data, bool consume);
 std::unique_ptr<Executor> aten_executor(ProgramData data, at::ScalarType dtype);
 
 }  // namespace sign_fast

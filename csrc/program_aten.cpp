@@ -9,6 +9,8 @@
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <ATen/ops/upsample_nearest2d.h>
 
+#include <algorithm>
+
 #include "program.h"
 #include "program_filter.h"
 
@@ -63,19 +65,13 @@ class AtenExecutor final : public Executor {
     return op.call(state, f, coefficient(0), coefficient(1), {}, 0, {}, {});
   }
 
-  int64_t bytes() const override {
-    int64_t sum = 0;
-    for (const Folded& f : folded_)
-      if (f.own) sum += static_cast<int64_t>(f.weight.nbytes());
-    return sum;
-  }
+  int64_t bytes() const override { return 0; }  // the constants are the program's
 
  private:
-  // A convolution's constants with the factor of its residual sum multiplied in
+  // A convolution's constants as its operator takes them
   struct Folded {
     Tensor weight, second;  // (C_out, C_in, k, k), or (C_in, C_out) of each input where k is 1
-    OptionalTensor bias;
-    bool own = false;
+    OptionalTensor early, late;  // bias: for the operator, or where that has another dtype added to its result
   };
 
   ProgramData data_;
@@ -94,21 +90,13 @@ class AtenExecutor final : public Executor {
   Folded fold(const ConvolutionOperation& o) const {
     Folded f;
     f.weight = data_.constants[o.weight];
-    f.bias = constant(o.bias);
-    if (f.bias) f.bias = f.bias->to(dtype_);
-    if (o.scale != 1) {
-      f.weight = f.weight.mul(o.scale), f.own = true;
-      if (f.bias) f.bias = f.bias->mul(o.scale);
-    }
-    if (f.weight.size(2) != 1) return f;
+    const OptionalTensor bias = constant(o.bias);
+    (bias && bias->scalar_type() == f.weight.scalar_type() ? f.early : f.late) = bias;
+    if (f.weight.size(2) != 1 || o.padding != 0) return f;
     const Tensor matrix = f.weight.flatten(1);
-    if (o.inputs.size() == 2) {
-      const int64_t first = data_.buffers[o.inputs[0]].channels;
-      f.second = matrix.narrow(1, first, matrix.size(1) - first).t();
-      f.weight = matrix.narrow(1, 0, first).t();
-    } else {
-      f.weight = matrix.t();
-    }
+    const int64_t first = data_.buffers[o.inputs[0]].channels;
+    f.weight = matrix.narrow(1, 0, first).t();
+    if (o.inputs.size() == 2) f.second = matrix.narrow(1, first, matrix.size(1) - first).t();
     return f;
   }
 
@@ -117,21 +105,41 @@ class AtenExecutor final : public Executor {
     const Buffer& out = data_.buffers[o.output];
     std::vector<Tensor> inputs;
     for (int64_t b : o.inputs) inputs.push_back(resampled(buffers[b], o.resampling, out));
+    OptionalTensor residual = buffer(buffers, o.residual);
     Tensor y;
     if (f.weight.dim() == 2) {
-      y = f.bias ? at::addmm(*f.bias, pixels(inputs[0]), f.weight) : at::mm(pixels(inputs[0]), f.weight);
+      // nobody reads the residual later: its memory may be taken
+      const bool takes = residual && !o.residual_up && !f.early && ends(i, o.residual);
+      if (takes) {
+        y = pixels(*residual).addmm_(pixels(inputs[0]), f.weight, o.residual_scale);
+        residual.reset();
+      } else {
+        y = f.early ? at::addmm(*f.early, pixels(inputs[0]), f.weight) : at::mm(pixels(inputs[0]), f.weight);
+      }
       if (inputs.size() == 2) y.addmm_(pixels(inputs[1]), f.second);
       y = y.view({inputs[0].size(0), out.height, out.width, out.channels}).permute({0, 3, 1, 2});
     } else {
       const Tensor x = inputs.size() == 2 ? at::cat(inputs, 1) : inputs[0];
       const at::IntArrayRef one{1, 1}, pad{o.padding, o.padding};
-      y = at::conv2d(x, f.weight, f.bias, one, pad);
+      y = at::conv2d(x, f.weight, f.early, one, pad);
     }
-    if (o.residual != kNone) {
-      const Tensor& r = buffers[o.residual];
-      y.add_(o.residual_up ? resampled(r, Resampling::Up, out) : r, o.scale);
+    if (f.late) y.add_(f.late->view({1, -1, 1, 1}));
+    if (residual && o.residual_up) {
+      // each pixel of the residual beside the 2×2 that it is added to
+      const Tensor squares = y.view({y.size(0), out.channels, out.height / 2, 2, out.width / 2, 2});
+      squares.add_(residual->unsqueeze(3).unsqueeze(5), o.residual_scale);
+    } else if (residual) {
+      y.add_(*residual, o.residual_scale);
     }
+    if (o.scale != 1) y.mul_(o.scale);
     buffers[o.output] = y;
+  }
+
+  // Whether operation i is the last to read a buffer, and reads it as its residual only
+  bool ends(size_t i, int64_t buffer) const {
+    const auto& inputs = std::get<ConvolutionOperation>(data_.operations[i]).inputs;
+    return std::find(uses_[i].begin(), uses_[i].end(), buffer) != uses_[i].end() &&
+           std::find(inputs.begin(), inputs.end(), buffer) == inputs.end();
   }
 
   static Tensor resampled(const Tensor& x, Resampling resampling, const Buffer& out) {

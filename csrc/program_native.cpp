@@ -72,13 +72,13 @@ struct Scratch {
 
 class NativeExecutor final : public Executor {
  public:
-  explicit NativeExecutor(const ProgramData& data)
+  NativeExecutor(const ProgramData& data, bool consume)
       : buffers_(data.buffers), layout_(data), output_(data.output), width_(data.width) {
     for (const Tensor& t : data.constants)
       TORCH_CHECK(t.is_cpu() && t.scalar_type() == at::kFloat, "the native program takes float32 constants on the CPU");
     // weights are packed and their tensors not kept: only one copy stays
     constants_.resize(data.constants.size());
-    for (const Operation& operation : data.operations) add(operation, data.constants);
+    for (const Operation& operation : data.operations) add(operation, data.constants, consume);
   }
 
   Tensor run(const Tensor& x, const Tensor& rows) override {
@@ -134,7 +134,7 @@ class NativeExecutor final : public Executor {
   mutable std::mutex mutex_;
   Scratch spare_;  // of the last run: another batch size, or a second thread, brings its own
 
-  void add(const Operation& operation, const std::vector<Tensor>& constants) {
+  void add(const Operation& operation, const std::vector<Tensor>& constants, bool consume) {
     Native native{operation, nullptr};
     const auto keep = [&](int64_t index) {
       if (index != kNone) constants_[index] = constants[index].contiguous();
@@ -155,6 +155,7 @@ class NativeExecutor final : public Executor {
         const Tensor bias = o->bias == kNone ? Tensor() : constants[o->bias].contiguous();
         native.convolution = std::make_unique<PackedConvolution>(
             weight.const_data_ptr<float>(), bias.defined() ? bias.const_data_ptr<float>() : nullptr, shape);
+        if (consume) constants[o->weight].set_data(at::empty({0}, weight.options()));
       } else {
         keep(o->weight), keep(o->bias);
       }
@@ -235,6 +236,7 @@ class NativeExecutor final : public Executor {
       args.batch = scratch.batch;
       args.residual = o.residual == kNone ? nullptr : at(scratch, o.residual);
       args.residual_up = o.residual_up;
+      args.residual_scale = static_cast<float>(o.residual_scale);
       args.scale = static_cast<float>(o.scale);
       args.y = at(scratch, o.output);
       native.convolution->run(args, scratch.workspace.data_ptr<float>());
@@ -332,6 +334,8 @@ class NativeExecutor final : public Executor {
 
 }  // namespace
 
-std::unique_ptr<Executor> native_executor(const ProgramData& data) { return std::make_unique<NativeExecutor>(data); }
+std::unique_ptr<Executor> native_executor(const ProgramData& data, bool consume) {
+  return std::make_unique<NativeExecutor>(data, consume);
+}
 
 }  // namespace sign_fast

@@ -35,10 +35,11 @@ void check_signals() {
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
-at::Tensor run(const Plan& plan, py::object function, const std::vector<at::Tensor>& draws) {
+at::Tensor run(const Plan& plan, py::object function, const std::vector<at::Tensor>& draws,
+               const std::optional<at::Tensor>& coefficients) {
   Callable denoiser(std::move(function));
   const py::gil_scoped_release released;
-  return plan.run(denoiser, draws, check_signals);
+  return plan.run(denoiser, draws, check_signals, coefficients);
 }
 
 }  // namespace
@@ -56,7 +57,7 @@ void bind_sampler_loop(py::module_& m) {
       .def(
           "call", [](Plan& plan, int64_t target, int64_t source, int64_t level) { plan.add(Call{target, source, level}); },
           py::arg("target"), py::arg("source"), py::arg("level"))
-      .def("run", run, py::arg("denoiser"), py::arg("draws"),
+      .def("run", run, py::arg("denoiser"), py::arg("draws"), py::arg("coefficients") = py::none(),
            "Runs it with denoiser(x, level); the GIL is held while the denoiser runs only.");
 }
 

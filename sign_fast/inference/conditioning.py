@@ -152,9 +152,19 @@ class Conditioning:
     @property
     def nbytes(self) -> int:
         """Memory on the device."""
+        return self.held.nbytes
+
+    @property
+    def held(self) -> Tensor:
+        """The table, or the embedding (n, K, emb_channels) where `affines` are still to be applied to it."""
         held = self._embedding if self.table is None else self.table
         assert held is not None
-        return held.numel() * held.element_size()
+        return held
+
+    @property
+    def affines(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Weight (width, emb_channels) and bias (width,) that make rows of what is held; None where it is rows."""
+        return (None, None) if self.table is not None else (self._conditioner.weight, self._conditioner.bias)
 
     def rows(self, level: int, labels: Tensor | None = None) -> Tensor:
         """The conditioning rows of one level.
@@ -166,7 +176,9 @@ class Conditioning:
         Returns:
             (B or 1, width); nothing waits for the device.
         """
-        held: Any = self._embedding if self.table is None else self.table
-        held = held[level]
+        return self.rows_of(self.held[level], labels)
+
+    def rows_of(self, held: Tensor, labels: Tensor | None) -> Tensor:
+        """`rows` of a level that is held elsewhere (K, …), such as in the inputs of a CUDA graph."""
         chosen = held[-1:] if labels is None else held.index_select(0, labels)
         return chosen if self.table is not None else self._conditioner.affines(chosen)

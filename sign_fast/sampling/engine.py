@@ -1,9 +1,13 @@
-"""Generates batches with a network: noise of the seeds, the sampler, the conversion to bytes."""
+"""The engine: a generation from seeds to bytes in one C++ call on the CPU, in one CUDA graph on a GPU."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,19 +15,63 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..errors import SignFastError
-from .noise import SeededNoise
-from .requests import DENOISER_SAMPLERS, Output, Sampler, check_choices, is_time_free
-from .students import multistep, one_step, recursive
+from ..inference.conditioning import Conditioning
+from ..inference.optimized import OptimizedNet, optimize
+from ..kernels import extension
+from ..models.precond import Precond
+from .ablation import ablation_plan
+from .buckets import pad
+from .edm import edm_plan
+from .graphs import GraphKey, Graphs, generate_in_buckets
+from .loop import draw_ahead, run_plan
+from .noise import PhiloxNoise, SeededNoise
+from .plan import Plan
+from .requests import Output, Sampler, check_choices, is_time_free
+from .students import few_step_plan, multistep_plan, one_step_plan, recursive_plan
+
+_PLANS_KEPT = 64
+_tokens = itertools.count()  # a network's in the keys of graphs: no two in a process are equal
+
+
+def plan_of(net: Any, sampler: str, steps: int, options: Mapping[str, Any]) -> Plan:
+    """The plan of a sampler by name, for a network's range of noise levels; the arguments are checked already."""
+    if sampler in ("edm", "ablation"):
+        make: Callable[..., Plan] = edm_plan if sampler == "edm" else ablation_plan
+        return make(
+            steps,
+            **options,
+            round_sigma=net.round_sigma,
+            net_sigma_min=net.sigma_min,
+            net_sigma_max=net.sigma_max,
+        )
+    if sampler == "one_step":
+        return one_step_plan(**options)
+    if sampler == "few_step":
+        return few_step_plan(steps, **options)
+    return recursive_plan(steps) if sampler == "recursive" else multistep_plan(tuple(options["noise_levels"]))
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What a sampler with its options needs, made at its first use."""
+
+    plan: Plan
+    levels: Tensor  # (n,) float64 on the device
+    coefficients: Tensor  # of the plan's combinations, float64 on the device
 
 
 class Engine:
     """A network ready to generate.
 
+    On the CPU the loop over the network's calls runs in C++, for networks of `sign_fast.models` with the network
+    itself; on CUDA the whole generation is a graph, captured at its first use, see `graphs`.
+
     Args:
-        net: a denoiser net(x, sigma, class_labels) or a student without a time input, net(x, class_labels).
+        net: a network of `sign_fast.models` (an inference copy is made of it), one that `optimize` has made, or any
+            denoiser net(x, sigma, class_labels), or student net(x, class_labels) with time_free = True.
         dtype: of the inner network: float32, bfloat16 or float16; None keeps its own.
-        consume: the network is not used elsewhere, so that its weights may be changed in place.
-        noise: "torch" (the published generators, one a seed) or "philox".
+        consume: the network is not used elsewhere: its memory is freed as its copy is made.
+        noise: "torch" (the published generators, one a seed) or "philox" (drawn inside the launch).
         max_graphs: CUDA graphs kept.
 
     Raises:
@@ -32,28 +80,43 @@ class Engine:
     """
 
     def __init__(
-        self, net: Any, *, dtype: torch.dtype | None = None, consume: bool = False, noise: str = "torch",
+        self,
+        net: Any,
+        *,
+        dtype: torch.dtype | None = None,
+        consume: bool = False,
+        noise: str = "torch",
         max_graphs: int = 16,
-    ) -> None:  # fmt: skip
+    ) -> None:
         check_choices(dtype, noise)
         if lacks := [name for name in ("img_resolution", "img_channels") if not hasattr(net, name)]:
             raise SignFastError(f"the network does not say its {' and '.join(lacks)}: set them as attributes")
-        if dtype is not None:
-            if not hasattr(net, "dtype"):
-                raise SignFastError("this network takes no dtype: leave it away, or use one of sign_fast.models")
-            net = copy.copy(net)  # shares the weights; the caller's network keeps its dtype
-            net.dtype = dtype
-        self._net = net.eval() if isinstance(net, nn.Module) else net
+        self._net = _prepared_net(net, dtype, consume)
         self._noise = noise
+        self._max_graphs = max_graphs
+        self._token = next(_tokens)
+        self._plans: OrderedDict[Any, _Prepared] = OrderedDict()
         self.img_resolution: int = net.img_resolution
         self.img_channels: int = net.img_channels
         self.label_dim: int = getattr(net, "label_dim", 0)
 
     @property
+    def net(self) -> Any:
+        """The network that generates: an `OptimizedNet`, or the denoiser that was given."""
+        return self._net
+
+    @property
     def device(self) -> torch.device:
         """Where the network is."""
+        if isinstance(self._net, OptimizedNet):
+            return self._net.device
         first = next(self._net.parameters(), None) if isinstance(self._net, nn.Module) else None
         return torch.device("cpu") if first is None else first.device
+
+    @cached_property
+    def graphs(self) -> Graphs:
+        """The captured generations of this network; CUDA only."""
+        return Graphs(self.device, self._max_graphs)
 
     @torch.no_grad()
     def generate(
@@ -71,57 +134,148 @@ class Engine:
             seeds, sampler, steps, labels, options: as `requests.check_request` leaves them.
             output: "uint8" for (B, H, W, C) bytes, "float" for (B, C, H, W) float32 in about [-1, 1].
         """
-        noise = (SeededNoise if self._noise == "torch" else _PhiloxNoise)(self.device, seeds)
-        latents = noise.randn([len(seeds), self.img_channels, self.img_resolution, self.img_resolution])
-        one_hot = self._one_hot(noise, len(seeds), labels)
-        images = self._sample(sampler, latents, one_hot, noise, steps, options)
-        return functional.to_uint8(images) if output == "uint8" else images.float()
+        device = self.device
+        noise = (SeededNoise if self._noise == "torch" else PhiloxNoise)(device, seeds)
+        shape = (self.img_channels, self.img_resolution, self.img_resolution)
+        drawn = isinstance(noise, SeededNoise) or callable(sampler)
+        latents = noise.randn([len(seeds), *shape]) if drawn else None
+        classes = self._classes(noise, len(seeds), labels)
+        if callable(sampler):
+            assert latents is not None
+            images = sampler(self._net, latents, self._one_hot(classes), noise.randn_like, num_steps=steps, **options)
+            return functional.to_uint8(images) if output == "uint8" else images.float()
+        prepared = self._prepare(sampler, steps, options)
+        inputs: dict[str, Tensor] = {}
+        if latents is not None:
+            draws = draw_ahead(prepared.plan, latents, noise.randn_like)
+            inputs |= {f"draw{i}": draw for i, draw in enumerate(draws)}
+        else:
+            assert isinstance(noise, PhiloxNoise)
+            inputs["seeds"] = noise.seeds
+        if classes is not None:
+            inputs["labels"] = classes
+        if device.type != "cuda":
+            return self._run(prepared, inputs | self._constants(prepared), output, None)
+        return self._replay(prepared, inputs, len(seeds), output)
 
-    def _one_hot(self, noise: Any, count: int, labels: Sequence[int] | None) -> Tensor | None:
+    def _classes(self, noise: SeededNoise | PhiloxNoise, count: int, labels: Sequence[int] | None) -> Tensor | None:
+        """(B,) int64 class numbers, drawn from the seeds where none are given."""
         if self.label_dim == 0:
             return None
         if labels is None:
-            numbers = noise.randint(self.label_dim, size=[count])
+            return noise.randint(self.label_dim, size=[count])
+        return torch.tensor(labels, dtype=torch.int64).to(self.device)
+
+    def _one_hot(self, classes: Tensor | None) -> Tensor | None:
+        return None if classes is None else nn.functional.one_hot(classes, self.label_dim).float()
+
+    def _prepare(self, sampler: str, steps: int, options: Mapping[str, Any]) -> _Prepared:
+        values = {name: tuple(v) if isinstance(v, Sequence) and not isinstance(v, str) else v for name, v in options.items()}
+        key = (sampler, steps, tuple(sorted(values.items())), self.device)
+        prepared = self._plans.get(key)
+        if prepared is None:
+            plan = plan_of(self._net, sampler, steps, values)
+            levels, coefficients = (
+                torch.tensor(numbers, dtype=torch.float64).to(self.device) for numbers in (plan.levels, plan.coefficients)
+            )
+            prepared = self._plans[key] = _Prepared(plan, levels, coefficients)
+            if len(self._plans) > _PLANS_KEPT:
+                self._plans.popitem(last=False)
         else:
-            numbers = torch.tensor(labels, dtype=torch.int64)
-        return nn.functional.one_hot(numbers.to(self.device), self.label_dim).float()
+            self._plans.move_to_end(key)
+        return prepared
 
-    def _sample(
-        self, sampler: str | Sampler, latents: Tensor, labels: Tensor | None, noise: Any, steps: int,
-        options: dict[str, Any],
-    ) -> Tensor:  # fmt: skip
-        net = self._net
+    def _conditioning(self, prepared: _Prepared) -> Conditioning:
+        return self._net.conditioning(prepared.plan.levels)
+
+    def _constants(self, prepared: _Prepared) -> dict[str, Tensor]:
+        """Inputs that are the same for all images of a plan."""
+        if not isinstance(self._net, OptimizedNet):
+            return {"levels": prepared.levels}
+        conditioning = self._conditioning(prepared)
+        return {"levels": conditioning.device_coefficients, "conditioning": conditioning.held}
+
+    def _run(
+        self, prepared: _Prepared, inputs: Mapping[str, Tensor], output: Output, coefficients: Tensor | None
+    ) -> Tensor:
+        """The generation itself: what is replayed on CUDA. Nothing here waits for the device."""
+        plan, net, labels = prepared.plan, self._net, inputs.get("labels")
+        module = extension.module()
+        draws = [inputs[f"draw{i}"] for i in range(plan.draws)] if "seeds" not in inputs else []
+        shape = (self.img_channels, self.img_resolution, self.img_resolution)
+        if isinstance(net, OptimizedNet) and net.native is not None and module is not None:
+            weight, bias = self._conditioning(prepared).affines
+            return module.generate(  # type: ignore[no-any-return]
+                plan=plan.native,
+                program=net.native,
+                level_coefficients=inputs["levels"],
+                held=inputs["conditioning"],
+                weight=weight,
+                bias=bias,
+                labels=labels,
+                draws=draws,
+                seeds=inputs.get("seeds"),
+                shape=shape,
+                coefficients=coefficients,
+                bytes=output == "uint8",
+            )
+        if not draws:
+            draws = [functional.philox_normal(inputs["seeds"], i, shape) for i in range(plan.draws)]
+        images = run_plan(plan, self._denoiser(prepared, inputs), draws, coefficients)
+        return functional.to_uint8(images) if output == "uint8" else images.float()
+
+    def _denoiser(self, prepared: _Prepared, inputs: Mapping[str, Tensor]) -> Callable[[Tensor, int], Tensor]:
+        net, labels, levels = self._net, inputs.get("labels"), inputs["levels"]
+        if isinstance(net, OptimizedNet):
+            conditioning = self._conditioning(prepared)
+            held = inputs["conditioning"]
+            return lambda x, level: net.denoise(x, conditioning.rows_of(held[level], labels), levels[level])
+        one_hot = self._one_hot(labels)
         if is_time_free(net):
+            return lambda x, level: net(x) if one_hot is None else net(x, one_hot)
+        return lambda x, level: net(x, levels[level], one_hot)
 
-            def student(x: Tensor) -> Tensor:
-                return net(x) if labels is None else net(x, labels)
+    def _replay(self, prepared: _Prepared, inputs: Mapping[str, Tensor], count: int, output: Output) -> Tensor:
+        """The images through a graph of each bucket."""
+        constants = self._constants(prepared) | {"coefficients": prepared.coefficients}
+        key = GraphKey(
+            network=self._token,
+            bucket=0,
+            plan=prepared.plan.structure,
+            dtype=getattr(self._net, "dtype", None) or torch.float32,
+            conditional=self.label_dim > 0,
+            noise=self._noise,
+            output=output,
+        )
 
-            if sampler == "recursive":
-                return recursive(student, latents, steps)
-            if sampler == "multistep":
-                return multistep(student, latents, options["noise_levels"], noise.randn_like)
-        if sampler == "one_step":
-            return one_step(net, latents, labels, **options)
-        run = DENOISER_SAMPLERS[sampler] if isinstance(sampler, str) else sampler
-        return run(net, latents, labels, noise.randn_like, num_steps=steps, **options)
+        def part(start: int, stop: int, bucket: int) -> dict[str, Tensor]:
+            return {name: pad(t[start:stop], bucket) for name, t in inputs.items()} | constants
+
+        def run(static: Mapping[str, Tensor]) -> Tensor:
+            return self._run(prepared, static, output, static["coefficients"])
+
+        return generate_in_buckets(self.graphs, count, key, part, run, self._watched, constants)
+
+    def _watched(self) -> Iterable[Tensor]:
+        """What a graph of this network reads besides its inputs."""
+        if isinstance(self._net, OptimizedNet):
+            return self._net.constants
+        return itertools.chain(self._net.parameters(), self._net.buffers()) if isinstance(self._net, nn.Module) else ()
 
 
-class _PhiloxNoise:
-    """`functional.philox_normal` draw by draw: the latents are step 0 of a seed's streams, each draw takes the next."""
-
-    def __init__(self, device: torch.device, seeds: Iterable[int]) -> None:
-        self.seeds = torch.tensor(list(seeds), dtype=torch.int64, device=device)
-        self.step = 0
-
-    def randn(self, size: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        noise = functional.philox_normal(self.seeds, self.step, (size[1], size[2], size[3])).to(dtype)
-        self.step += 1
-        return noise
-
-    def randn_like(self, x: Tensor) -> Tensor:
-        return self.randn(x.shape, dtype=x.dtype)
-
-    def randint(self, high: int, *, size: Sequence[int]) -> Tensor:
-        """Class numbers from the last of the streams: ⌊high·Φ(n)⌋."""
-        n = functional.philox_normal(self.seeds, (1 << 32) - 1, (1, 1, 1), dtype=torch.float64).flatten()
-        return (torch.special.ndtr(n) * high).long().clamp(max=high - 1)
+def _prepared_net(net: Any, dtype: torch.dtype | None, consume: bool) -> Any:
+    """What will be called: an inference copy of a library's network, otherwise the network itself in eval mode."""
+    if isinstance(net, OptimizedNet):
+        if dtype not in (None, net.dtype):
+            raise SignFastError(f"this network is optimized for {net.dtype}: optimize the original for {dtype}")
+        return net
+    if isinstance(net, Precond):
+        device = next(net.parameters()).device
+        own = net.dtype or (torch.float16 if net.use_fp16 and device.type == "cuda" else torch.float32)
+        return optimize(net, dtype or own, consume=consume)
+    if dtype is not None:
+        if not hasattr(net, "dtype"):
+            raise SignFastError("this network takes no dtype: leave it away, or use one of sign_fast.models")
+        net = copy.copy(net)  # shares the weights; the caller's network keeps its dtype
+        net.dtype = dtype
+    return net.eval() if isinstance(net, nn.Module) else net

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import functional
 from .plan import Combine, Plan
 
 Denoiser = Callable[[Tensor, int], Tensor]
@@ -37,13 +38,16 @@ def at_levels(net: Any, plan: Plan, class_labels: Tensor | None, device: torch.d
 
 
 @torch.no_grad()
-def run_plan(plan: Plan, denoiser: Denoiser, draws: Sequence[Tensor]) -> Tensor:
+def run_plan(
+    plan: Plan, denoiser: Denoiser, draws: Sequence[Tensor], coefficients: Tensor | None = None
+) -> Tensor:
     """Follow a plan with a denoiser, called once for each of the plan's calls.
 
     Args:
         denoiser: any callable (x, level) -> tensor of x's shape; x is in the plan's dtype, or in the denoiser's own
             where calls follow each other. What it raises is passed on, and a signal is seen between two calls.
         draws: plan.draws tensors (B, C, H, W) of one shape and device; draw 0 is the latents.
+        coefficients: (n,) float64 on the draws' device in place of plan.coefficients: an input of a CUDA graph.
 
     Returns:
         (B, C, H, W): plan.dtype where the plan ends with a combination, otherwise what the denoiser gave.
@@ -62,17 +66,26 @@ def run_plan(plan: Plan, denoiser: Denoiser, draws: Sequence[Tensor]) -> Tensor:
             )
     native = None if torch.compiler.is_compiling() else plan.native
     if native is None:
-        return run_plan_reference(plan, denoiser, draws)
-    result: Tensor = native.run(denoiser, draws)
+        return run_plan_reference(plan, denoiser, draws, coefficients)
+    result: Tensor = native.run(denoiser, draws, coefficients)
     return result
 
 
-def run_plan_reference(plan: Plan, denoiser: Denoiser, draws: Sequence[Tensor]) -> Tensor:
+def run_plan_reference(
+    plan: Plan, denoiser: Denoiser, draws: Sequence[Tensor], coefficients: Tensor | None = None
+) -> Tensor:
     """`run_plan` in plain torch: the oracle of the C++ loop."""
     states: list[Tensor] = [draws[0]] * plan.registers
+    used = 0
     for step in plan.steps:
         if isinstance(step, Combine):
-            states[step.target] = _combine(step, states, draws, plan.dtype)
+            if coefficients is None:
+                states[step.target] = _combine(step, states, draws, plan.dtype)
+                continue
+            sources = [*(states[r] for r, _ in step.terms), *(draws[d] for d, _ in step.noise)]
+            end = used + len(sources)
+            states[step.target] = functional.combine(sources, coefficients[used:end], plan.dtype)
+            used = end
         else:
             denoised = denoiser(states[step.source], step.level)
             if not isinstance(denoised, Tensor):

@@ -159,28 +159,6 @@ def check_seeds(
     return numbers
 
 
-def check_seeds(seeds: Iterable[int]) -> list[int]:
-    """The seeds as a list, each a whole number that names one image.
-
-    Raises:
-        SignFastError: none at all, not a whole number, negative, 2⁶³ or more, or named twice.
-    """
-    try:
-        given = list(seeds)
-    except TypeError as error:
-        raise SignFastError(f"seeds must be a list of whole numbers, not {short(seeds)}") from error
-    if not given:
-        raise SignFastError("no seeds: give at least one")
-    numbers = [whole_number(seed, "seed") for seed in given]
-    for seed in numbers:
-        if not 0 <= seed < 1 << 63:
-            raise SignFastError(f"seed {seed} is out of range: seeds are 0 to 2^63 - 1")
-    if len(set(numbers)) < len(numbers):
-        twice = next(seed for seed, count in Counter(numbers).items() if count > 1)
-        raise SignFastError(f"seed {twice} is there twice: a seed is one image, name it once")
-    return numbers
-
-
 def parse_seeds(text: str) -> list[int]:
     """'0-63,70' -> [0, …, 63, 70]; what the seeds are worth is for `check_seeds` to say.
 

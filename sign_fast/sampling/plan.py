@@ -62,6 +62,23 @@ class Plan:
     noise_dtype: torch.dtype = torch.float64
 
     @cached_property
+    def coefficients(self) -> tuple[float, ...]:
+        """Those of all combinations, one after the other: states, then noise."""
+        sums = [step for step in self.steps if isinstance(step, Combine)]
+        return tuple(value for step in sums for _, value in (*step.terms, *step.noise))
+
+    @cached_property
+    def structure(self) -> tuple[Any, ...]:
+        """The plan without its numbers: equal for plans that differ in coefficients and levels alone."""
+        steps: list[tuple[Any, ...]] = []
+        for step in self.steps:
+            if isinstance(step, Combine):
+                steps.append((step.target, tuple(r for r, _ in step.terms), tuple(d for d, _ in step.noise)))
+            else:
+                steps.append((step.target, step.source, step.level))
+        return (tuple(steps), len(self.levels), self.draws, self.registers, self.result, self.dtype)
+
+    @cached_property
     def native(self) -> Any:
         """The plan as the C++ loop takes it, made once; None where the extension is missing."""
         module = extension.module()
