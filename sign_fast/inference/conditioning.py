@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,8 +125,8 @@ class Conditioning:
         with torch.inference_mode(False), torch.no_grad():
             self.coefficients, embedding = self._compute()
             self.device_coefficients = self.coefficients.to(conditioner.device)
-            self._embedding = None if fits else embedding
-            self.table = conditioner.affines(embedding) if fits else None
+            self._held = conditioner.affines(embedding) if fits else embedding
+            self.table = self._held if fits else None
 
     def _compute(self) -> tuple[Tensor, Tensor]:
         """Coefficients, and the embedding (n, K, emb_channels)."""
@@ -144,17 +143,12 @@ class Conditioning:
     def refresh(self) -> None:
         """Compute anew, in place, from the conditioner's present parameters."""
         _, embedding = self._compute()
-        if self.table is not None:
-            self.table.copy_(self._conditioner.affines(embedding))
-        if self._embedding is not None:
-            self._embedding.copy_(embedding)
+        self._held.copy_(embedding if self.table is None else self._conditioner.affines(embedding))
 
     @property
     def nbytes(self) -> int:
         """Memory on the device."""
-        held = self._embedding if self.table is None else self.table
-        assert held is not None
-        return held.numel() * held.element_size()
+        return self._held.numel() * self._held.element_size()
 
     def rows(self, level: int, labels: Tensor | None = None) -> Tensor:
         """The conditioning rows of one level.
@@ -166,7 +160,6 @@ class Conditioning:
         Returns:
             (B or 1, width); nothing waits for the device.
         """
-        held: Any = self._embedding if self.table is None else self.table
-        held = held[level]
-        chosen = held[-1:] if labels is None else held.index_select(0, labels)
-        return chosen if self.table is not None else self._conditioner.affines(chosen)
+        classes = self._held[level]
+        chosen = classes[-1:] if labels is None else classes.index_select(0, labels)
+        return self._conditioner.affines(chosen) if self.table is None else chosen
