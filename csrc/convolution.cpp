@@ -158,7 +158,7 @@ void PackedConvolution::run_direct(const ConvolutionArgs& args, float* copied) c
   task.phases = phases ? 4 : 1;
   task.copies = low && !phases ? 4 : 1;
   task.to = {bias_.data(), args.residual, args.residual_up ? residual_index_.data() : nullptr,
-             shape_.height * shape_.width / (args.residual_up ? 4 : 1), args.scale, args.y,
+             shape_.height * shape_.width / (args.residual_up ? 4 : 1), args.residual_scale, args.scale, args.y,
              shape_.height * shape_.width, shape_.out_channels};
   const int64_t work = args.batch * pixels * task.phases * task.depth * vectors_ * vector_size();
   launch(task.items(), work, kAlone, kGrain, [&](int64_t begin, int64_t end) { direct(task, begin, end); });

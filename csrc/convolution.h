@@ -29,6 +29,7 @@ struct ConvolutionArgs {
   int64_t batch;
   const float* residual;  // (B, H, W, out_channels), or null
   bool residual_up;       // it is (B, H/2, W/2, out_channels), read nearest
+  float residual_scale;
   float scale;
   float* y;  // (B, H, W, out_channels), aliases no input
 };
@@ -52,7 +53,7 @@ class AlignedFloats {
 // the first whole cache line from p on; 16 floats more than needed make room for it
 float* align(float* p);
 
-// y = (conv(resample(concat(x0, x1))) + bias + residual)·scale. What an image becomes depends on its batch and on the
+// y = (conv(resample(concat(x0, x1))) + bias + residual·residual_scale)·scale. What an image becomes depends on its batch and on the
 // number of threads in no bit.
 class PackedConvolution {
  public:

@@ -12,7 +12,7 @@ void direct_item(const DirectTask& t, const float* weights, int64_t first_vector
                  int64_t begin, int64_t end) {
   const int64_t shift = phase / 2 * t.phase_row + phase % 2 * t.phase_column;
   const int64_t first = first_vector * V, left = t.to.channels - first;
-  const Vec scale(t.to.scale);
+  const Vec scale(t.to.scale), residual_scale(t.to.residual_scale);
   for (int64_t p = begin; p < end; p += ROWS) {
     const int64_t count = std::min(ROWS, end - p);
     Tile<NV> tile;
@@ -44,7 +44,7 @@ void direct_item(const DirectTask& t, const float* weights, int64_t first_vector
 #pragma GCC unroll 3
         for (int64_t n = 0; n < NV; ++n) {
           Vec sum = tile.sum[r][n] + Vec::loadu(t.to.bias + first + n * V);
-          if (residual) sum = sum + load(residual + n * V, left - n * V);
+          if (residual) sum = at::vec::fmadd(load(residual + n * V, left - n * V), residual_scale, sum);
           store(y + n * V, sum * scale, left - n * V);
         }
       }

@@ -32,12 +32,13 @@ struct Segment {
   int64_t image, pixel, length;
 };
 
-// y = (sum + bias + residual)·scale
+// y = (sum + bias + residual·residual_scale)·scale
 struct Epilogue {
   const float* bias;      // whole vectors
   const float* residual;  // or null
   const int32_t* residual_index;  // residual pixel of each output pixel; null: the same
   int64_t residual_pixels;
+  float residual_scale;
   float scale;
   float* y;
   int64_t pixels, channels;

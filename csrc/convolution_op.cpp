@@ -22,7 +22,7 @@ void check(const Tensor& t, const char* name) {
 
 Tensor convolution(const Tensor& x, const OptionalTensor& x2, const Tensor& weight, const OptionalTensor& bias,
                    std::string_view resampling_name, const OptionalTensor& residual, bool residual_up, double scale,
-                   std::string_view algorithm) {
+                   std::string_view algorithm, double residual_scale) {
   check(x, "x"), check(weight, "weight");
   const Resampling resampling = resampling_of(resampling_name);
   const bool up = resampling == Resampling::Up, down = resampling == Resampling::Down;
@@ -60,6 +60,7 @@ Tensor convolution(const Tensor& x, const OptionalTensor& x2, const Tensor& weig
               x.size(0),
               residual ? added.const_data_ptr<float>() : nullptr,
               residual_up && residual,
+              static_cast<float>(residual_scale),
               static_cast<float>(scale),
               y.data_ptr<float>()},
              workspace.data());
@@ -72,7 +73,7 @@ Tensor convolution(const Tensor& x, const OptionalTensor& x2, const Tensor& weig
 TORCH_LIBRARY_FRAGMENT(sign_fast, m) {
   m.def(
       "convolution(Tensor x, Tensor? x2, Tensor weight, Tensor? bias, str resampling, Tensor? residual, "
-      "bool residual_up, float scale, str algorithm='') -> Tensor");
+      "bool residual_up, float scale, str algorithm='', float residual_scale=1.0) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(sign_fast, CPU, m) { m.impl("convolution", sign_fast::convolution); }

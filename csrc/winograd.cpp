@@ -84,7 +84,7 @@ void PackedConvolution::run_winograd(const ConvolutionArgs& args, float* workspa
   task.weights = weights_.data(), task.transformed = transformed_;
   task.vectors = vectors_;
   task.to = {bias_.data(), args.residual, args.residual_up ? residual_index_.data() : nullptr,
-             shape_.height * shape_.width / (args.residual_up ? 4 : 1), args.scale, args.y,
+             shape_.height * shape_.width / (args.residual_up ? 4 : 1), args.residual_scale, args.scale, args.y,
              shape_.height * shape_.width, shape_.out_channels};
 
   const int64_t tiles = args.batch * task.rows() * task.columns(), most = tiles_at_work(task.m, tiles);

@@ -157,7 +157,7 @@ template <int M, bool UP, int64_t NV>
 void output_tiles(const WinogradTask& t, const float* products, int64_t stride, int64_t first_vector) {
   constexpr int N = M + 2;
   const int64_t first = first_vector * V, left = t.to.channels - first;
-  const Vec scale(t.to.scale);
+  const Vec scale(t.to.scale), residual_scale(t.to.residual_scale);
   for (int64_t tile = 0; tile < t.tiles; ++tile) {
     const Place at = place(t, t.first + tile);
     const int64_t rows = std::min<int64_t>(M, t.height - at.row), columns = std::min<int64_t>(M, t.width - at.column);
@@ -186,7 +186,8 @@ void output_tiles(const WinogradTask& t, const float* products, int64_t stride, 
           if (t.to.residual) {
             const int64_t index = t.to.residual_index ? t.to.residual_index[pixel + j] : pixel + j;
             const int64_t at_pixel = at.image * t.to.residual_pixels + index;
-            sum = sum + load(t.to.residual + at_pixel * t.to.channels + first + n * V, count);
+            const Vec residual = load(t.to.residual + at_pixel * t.to.channels + first + n * V, count);
+            sum = at::vec::fmadd(residual, residual_scale, sum);
           }
           store(to + j * t.to.channels, sum * scale, count);
         }

@@ -183,7 +183,7 @@ class _Builder:
         else:
             height, width = ((n + 2 * padding - size) // 2 + 1 for n in (old.height, old.width))
         output = self.buffer(old.channels, height, width)
-        index = self.constant(taps * 4 if layer.up else taps, self.wide)
+        index = self.constant(taps * 4 if layer.up else taps, self.dtype)
         self.operations.append(Filter(source, output, index, layer.up, padding, bias, residual, scale))
         return output
 
@@ -251,7 +251,7 @@ class _Builder:
     # ---- networks ----
 
     def block(self, inputs: tuple[int, ...], block: UNetBlock, defer: bool = False) -> int:
-        """`defer`: the output is read as half of a concatenation next, where no `JoinNorm` can be."""
+        """`defer`: what reads the output next is no norm of it alone, which could be a `JoinNorm`."""
         columns, conv0 = self.columns[block], block.conv0
         conv0_bias = None if conv0.bias is None else conv0.bias.detach()
         h = self.layer((self.norm(inputs, block.norm0),), conv0, None)
@@ -327,9 +327,9 @@ class _Builder:
     def song(self, model: SongUNet) -> int:
         skips: list[int] = []
         x = aux = 0
-        for name, layer in model.enc.items():
+        for (name, layer), following in zip(model.enc.items(), _following(model.enc), strict=True):
             if isinstance(layer, UNetBlock):
-                x = self.block((x,), layer)
+                x = self.block((x,), layer, defer="_aux" in following)
                 skips.append(x)
                 continue
             assert isinstance(layer, Conv2d)
@@ -344,23 +344,21 @@ class _Builder:
                 skips.append(x)
 
         out: int | None = None
-        out_up = False
+        up: Conv2d | None = None
         normed = x
-        names = list(model.dec)
-        for name, following in zip(names, [*names[1:], ""], strict=True):
-            layer = model.dec[name]
+        for (name, layer), following in zip(model.dec.items(), _following(model.dec), strict=True):
             if isinstance(layer, UNetBlock):
-                x = self.block((x, skips.pop()) if "_block" in name else (x,), layer, "_block" in following)
+                x = self.block((x, skips.pop()) if "_block" in name else (x,), layer, defer="_block" in following)
             elif isinstance(layer, GroupNorm):
                 normed = self.norm((x,), layer)
             elif "_aux_up" in name:
-                assert isinstance(layer, Conv2d) and out is not None
-                out_up = layer.box
-                out = out if out_up else self.filter(out, layer, _f_pad(layer))
+                assert isinstance(layer, Conv2d)
+                up = layer
             else:
                 assert isinstance(layer, Conv2d)
-                out = self.last((normed,), layer, out, out_up)
-                out_up = False
+                if out is not None and up is not None and not up.box:
+                    out = self.filter(out, up, _f_pad(up))
+                out = self.last((normed,), layer, out, up is not None and up.box)
         assert out is not None
         return out
 
@@ -374,17 +372,20 @@ class _Builder:
                 assert isinstance(layer, Conv2d)
                 x = self.layer((x,), layer, layer.bias, defer=True)
             skips.append(x)
-        names = list(model.dec)
-        for name, following in zip(names, [*names[1:], ""], strict=True):
-            layer = model.dec[name]
+        for (name, layer), following in zip(model.dec.items(), _following(model.dec), strict=True):
             assert isinstance(layer, UNetBlock)
-            x = self.block((x, skips.pop()) if "_block" in name else (x,), layer, "_block" in following)
+            x = self.block((x, skips.pop()) if "_block" in name else (x,), layer, defer="_block" in following)
         return self.last((self.norm((x,), model.out_norm),), model.out_conv, None, False)
 
     def last(self, inputs: tuple[int, ...], layer: Conv2d, residual: int | None, residual_up: bool) -> int:
         """A convolution that makes outputs of the network, of which the image's channels are wanted."""
         bias = None if layer.bias is None else layer.bias[: self.channels]
         return self.layer(inputs, layer, bias, rows=self.channels, residual=residual, residual_up=residual_up)
+
+
+def _following(layers: nn.ModuleDict) -> list[str]:
+    """The name after each name."""
+    return [*list(layers)[1:], ""]
 
 
 def _resampling(layer: Conv2d) -> Resampling:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,8 +125,8 @@ class Conditioning:
         with torch.inference_mode(False), torch.no_grad():
             self.coefficients, embedding = self._compute()
             self.device_coefficients = self.coefficients.to(conditioner.device)
-            self._embedding = None if fits else embedding
-            self.table = conditioner.affines(embedding) if fits else None
+            self._held = conditioner.affines(embedding) if fits else embedding
+            self.table = self._held if fits else None
 
     def _compute(self) -> tuple[Tensor, Tensor]:
         """Coefficients, and the embedding (n, K, emb_channels)."""
@@ -144,10 +143,7 @@ class Conditioning:
     def refresh(self) -> None:
         """Compute anew, in place, from the conditioner's present parameters."""
         _, embedding = self._compute()
-        if self.table is not None:
-            self.table.copy_(self._conditioner.affines(embedding))
-        if self._embedding is not None:
-            self._embedding.copy_(embedding)
+        self._held.copy_(embedding if self.table is None else self._conditioner.affines(embedding))
 
     @property
     def nbytes(self) -> int:
@@ -157,9 +153,7 @@ class Conditioning:
     @property
     def held(self) -> Tensor:
         """The table, or the embedding (n, K, emb_channels) where `affines` are still to be applied to it."""
-        held = self._embedding if self.table is None else self.table
-        assert held is not None
-        return held
+        return self._held
 
     @property
     def affines(self) -> tuple[Tensor, Tensor] | tuple[None, None]:

@@ -11,10 +11,14 @@ from ..kernels import extension
 from .program import Program
 
 
-def native_program(program: Program, device: torch.device, dtype: torch.dtype) -> Any | None:
-    """The program ready to run in C++ on `device` with activations in `dtype`; None: `reference.run` runs it."""
+def native_program(program: Program, device: torch.device, dtype: torch.dtype, consume: bool = False) -> Any | None:
+    """The program ready to run in C++ on `device` with activations in `dtype`; None: `reference.run` runs it.
+
+    Args:
+        consume: empty each weight's tensor once it is packed, where weights are packed.
+    """
     module = extension.module()
     if module is None or dtype == torch.float64 or device.type not in ("cpu", "cuda"):
         return None
     native = device.type == "cpu" and dtype == torch.float32
-    return module.Program(program, native, dtype)
+    return module.Program(program, native, dtype, consume)

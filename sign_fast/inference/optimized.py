@@ -35,8 +35,9 @@ class OptimizedNet(nn.Module):
         native: the program in C++, or None where the extension is missing.
     """
 
-    def __init__(self, net: Precond, dtype: torch.dtype, consume: bool = False) -> None:
+    def __init__(self, net: Precond, dtype: torch.dtype, consume: bool = False, lean: bool = False) -> None:
         super().__init__()
+        self._lean = lean
         self.img_resolution = net.img_resolution
         self.img_channels = net.img_channels
         self.label_dim = net.label_dim
@@ -48,6 +49,7 @@ class OptimizedNet(nn.Module):
         for i, constant in enumerate(self.program.constants):
             self.register_buffer(f"constant{i}", constant)
         self._unfused = self.program
+        self._meta = tuple(torch.empty_like(constant, device="meta") for constant in self.program.constants)
         self._shapes = {name: tuple(p.shape) for name, p in net.state_dict().items()}
         if consume:
             release(*net.parameters())
@@ -60,7 +62,7 @@ class OptimizedNet(nn.Module):
         constants = tuple(self.get_buffer(f"constant{i}") for i in range(len(self._unfused.constants)))
         self._unfused = replace(self._unfused, constants=constants)
         self.program = fuse_joins(self._unfused) if self.device.type == "cuda" else self._unfused
-        self.native: Any | None = native_program(self.program, self.device, self.dtype)
+        self.native: Any | None = native_program(self.program, self.device, self.dtype, self._lean)
         self._cache: OrderedDict[tuple[float, ...], Conditioning] = OrderedDict()
         self._live: WeakSet[Conditioning] = WeakSet()
 
@@ -103,7 +105,26 @@ class OptimizedNet(nn.Module):
         *coefficients, c_noise = self.conditioner.coefficients(sigma)
         return (*coefficients, self.conditioner.rows(c_noise, labels))
 
+    @property
+    def constants(self) -> tuple[Tensor, ...]:
+        """All that a forward reads besides its arguments, always in one order."""
+        return (*self.program.constants, self.conditioner.weight, self.conditioner.bias)
+
     # ---- the network ----
+
+    def denoise(self, x: Tensor, rows: Tensor, coefficients: Tensor) -> Tensor:
+        """D = c_skip·x + c_out·F(c_in·x) with what depends on noise level and class at hand.
+
+        Args:
+            x: (B, img_channels, H, W), any floating dtype; cast to float32.
+            rows: (B or 1, width), of `conditioning(levels).rows`.
+            coefficients: (3,) c_skip, c_out, c_in on the device.
+        """
+        if self.native is not None:
+            return self.native.denoise(x, rows, coefficients)  # type: ignore[no-any-return]
+        x = x.to(self.conditioner.wide)
+        c_skip, c_out, c_in = coefficients.reshape(3, 1, 1, 1, 1)
+        return functional.precondition(x, self.run(_scaled(x, c_in, self.dtype), rows), c_skip, c_out)
 
     def run(self, x: Tensor, rows: Tensor) -> Tensor:
         """The inner network: x (B, img_channels, H, W) in `dtype`, conditioning rows (B or 1, width) -> x's shape."""
@@ -146,7 +167,7 @@ class OptimizedNet(nn.Module):
     def launches(self, batch: int = 1) -> Counter[str]:
         """Device launches of one forward by operator, noise level fixed; see `sign_fast.inference.launches`."""
         program = fuse_joins(self._unfused)
-        program = replace(program, constants=tuple(torch.empty_like(c, device="meta") for c in program.constants))
+        program = replace(program, constants=self._meta)
         x = torch.empty((batch, self.img_channels, self.img_resolution, self.img_resolution), device="meta")
         rows, coefficient = torch.empty((1, program.width), device="meta"), torch.empty((1, 1, 1, 1), device="meta")
         with LaunchCounter() as counter:
@@ -169,24 +190,44 @@ class OptimizedNet(nn.Module):
         if {name: tuple(p.shape) for name, p in net.state_dict().items()} != self._shapes:
             raise SignFastError("update takes a network of the same structure: for another one call optimize again")
         self.conditioner.update(net)
-        build(net, self.dtype, into=self.program.constants)
+        if self._packed:
+            self._unfused = build(net, self.dtype)
+            self.program = self._unfused
+        else:
+            build(net, self.dtype, into=self.program.constants)
         self._refresh()
 
     def _refresh(self) -> None:
         """What was computed from the constants, after they changed in place."""
         for conditioning in self._live:
             conditioning.refresh()
-        self.native = native_program(self.program, self.device, self.dtype)
+        self.native = native_program(self.program, self.device, self.dtype, self._lean)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OptimizedNet:
         """`to` and its like: another device is fine, another dtype would round what has been folded."""
+        self._refuse_lean("moved")
         if fn(self.conditioner.bias).dtype != self.conditioner.bias.dtype:
             raise SignFastError("an optimized network keeps its dtype: call optimize(net, dtype) for another")
         super()._apply(fn, recurse)
         self._start()
         return self
 
+    @property
+    def _packed(self) -> bool:
+        """Whether the weights are in the C++ program only."""
+        return self._lean and self.native is not None and self.device.type == "cpu" and self.dtype == torch.float32
+
+    def _refuse_lean(self, what: str) -> None:
+        if self._packed:
+            raise SignFastError(f"a lean network cannot be {what}: leave lean away, or optimize the original again")
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module; a lean network on the CPU has none."""
+        self._refuse_lean("saved")
+        return super().state_dict(*args, **kwargs)
+
     def __getstate__(self) -> dict[str, Any]:
+        self._refuse_lean("copied")
         return {name: value for name, value in self.__dict__.items() if name not in ("native", "_cache", "_live")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -197,8 +238,10 @@ class OptimizedNet(nn.Module):
 class OptimizedIdempotentNet(OptimizedNet):
     """The time-free student f(u) for inference; made by `optimize` from an `IdempotentPrecond`."""
 
-    def __init__(self, net: IdempotentPrecond, dtype: torch.dtype, consume: bool = False) -> None:
-        super().__init__(net, dtype, consume)
+    def __init__(
+        self, net: IdempotentPrecond, dtype: torch.dtype, consume: bool = False, lean: bool = False
+    ) -> None:
+        super().__init__(net, dtype, consume, lean)
         self.sigma = net.sigma
 
     def conditioning(self, levels: tuple[float, ...] = ()) -> Conditioning:
@@ -227,7 +270,9 @@ def _refuse(arguments: dict[str, Any]) -> None:
         raise SignFastError(f"an optimized network does not take {given}: leave it out, or call the original network")
 
 
-def optimize(net: Precond, dtype: torch.dtype = torch.float32, *, consume: bool = False) -> OptimizedNet:
+def optimize(
+    net: Precond, dtype: torch.dtype = torch.float32, *, consume: bool = False, lean: bool = False
+) -> OptimizedNet:
     """A network's copy for inference: everything that does not depend on the image is computed once.
 
     Weights in `dtype` (channels_last on CUDA), biases folded into what follows, projections of attention in the order
@@ -239,6 +284,8 @@ def optimize(net: Precond, dtype: torch.dtype = torch.float32, *, consume: bool 
         dtype: of the inner network: float32, bfloat16 or float16 (float64 for checks).
         consume: free each parameter of `net` as soon as it is folded, so that there are never two copies; `net` cannot
             be used any more.
+        lean: keep the weights only as the C++ program has packed them, where it packs them (float32 on a CPU): half the
+            memory, but the copy can be neither moved nor copied nor saved.
 
     Returns:
         D(x; σ) with the call of `Precond.forward`; of an `IdempotentPrecond` f(u).
@@ -252,5 +299,5 @@ def optimize(net: Precond, dtype: torch.dtype = torch.float32, *, consume: bool 
     if dtype not in INNER_DTYPES:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, not {dtype}")
     if isinstance(net, IdempotentPrecond):
-        return OptimizedIdempotentNet(net, dtype, consume)
-    return OptimizedNet(net, dtype, consume)
+        return OptimizedIdempotentNet(net, dtype, consume, lean)
+    return OptimizedNet(net, dtype, consume, lean)

@@ -153,6 +153,11 @@ def reads(operation: Operation) -> tuple[int, ...]:
             return (source,)
 
 
+def writes(operation: Operation) -> tuple[int, ...]:
+    """The buffers that an operation writes."""
+    return (operation.sum, operation.output) if isinstance(operation, JoinNorm) else (operation.output,)
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
     """Operations in order, what they read and write, and the constants.
@@ -160,7 +165,7 @@ class Program:
     Args:
         operations: each reads buffers that were written before it; buffer 0 is the network's input.
         buffers: shapes; each is written by one operation.
-        constants: weights in the network's dtype (norm weights and biases float32), as the operations index them.
+        constants: weights and filters in the network's dtype, norms and biases in float32, as the operations index them.
         output: the buffer that is the network's output.
         width: columns of the conditioning rows.
     """
@@ -173,9 +178,11 @@ class Program:
 
     @cached_property
     def dead(self) -> tuple[tuple[int, ...], ...]:
-        """For each operation the buffers that nothing reads after it."""
-        last = {buffer: i for i, operation in enumerate(self.operations) for buffer in reads(operation)}
-        last.pop(self.output, None)
+        """For each operation the buffers that nothing reads after it; a sum that nothing reads is one at once."""
+        last: dict[int, int] = {}
+        for i, operation in enumerate(self.operations):
+            last |= dict.fromkeys((*writes(operation), *reads(operation)), i)
+        del last[self.output]
         groups: list[list[int]] = [[] for _ in self.operations]
         for buffer, i in last.items():
             groups[i].append(buffer)

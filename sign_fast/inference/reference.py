@@ -145,7 +145,7 @@ def _pixels(x: Tensor) -> Tensor:
 
 
 def _resample(operation: Filter, x: Tensor, taps: Tensor) -> Tensor:
-    weight = taps.to(x.dtype).expand(x.shape[1], 1, *taps.shape)
+    weight = taps.expand(x.shape[1], 1, *taps.shape)
     if operation.up:
         return F.conv_transpose2d(x, weight, stride=2, padding=operation.padding, groups=x.shape[1])
     return F.conv2d(x, weight, stride=2, padding=operation.padding, groups=x.shape[1])

@@ -47,7 +47,9 @@ class IdempotentPrecond(Precond):
         self.sigma_max = sigma_max
         self.sigma = sigma
         if teacher_coefficients is None:
-            c_skip, c_out, c_in, c_noise = edm_coefficients(torch.tensor(sigma, dtype=torch.float64), sigma_data)
+            # on the CPU, whatever the default: a network is loaded by way of the meta device
+            level = torch.tensor(sigma, dtype=torch.float64, device="cpu")
+            c_skip, c_out, c_in, c_noise = edm_coefficients(level, sigma_data)
             teacher_coefficients = float(c_skip), float(c_out), float(c_in), float(c_noise)
         self.teacher_coefficients = teacher_coefficients
 

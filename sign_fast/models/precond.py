@@ -156,8 +156,9 @@ class VPPrecond(Precond):
         self.beta_min = beta_min
         self.M = M
         self.epsilon_t = epsilon_t
-        self.sigma_min = float(self.sigma(epsilon_t))
-        self.sigma_max = float(self.sigma(1))
+        # on the CPU, whatever the default: a network is loaded by way of the meta device
+        self.sigma_min = float(self.sigma(torch.tensor(epsilon_t, device="cpu")))
+        self.sigma_max = float(self.sigma(torch.tensor(1, device="cpu")))
 
     def sigma(self, t: Tensor | float) -> Tensor:
         """σ(t) = √(exp(½β_d t² + β_min t) − 1)."""
@@ -235,9 +236,10 @@ class iDDPMPrecond(Precond):
         self.C_1 = C_1
         self.C_2 = C_2
         self.M = M
-        self.register_buffer("u", torch.tensor(iddpm_noise_levels(M, C_1, C_2), dtype=torch.float32))
-        self.sigma_min = float(self.u[M - 1])
-        self.sigma_max = float(self.u[0])
+        levels = torch.tensor(iddpm_noise_levels(M, C_1, C_2), dtype=torch.float32, device="cpu")
+        self.register_buffer("u", levels.to(torch.get_default_device()))
+        self.sigma_min = float(levels[M - 1])
+        self.sigma_max = float(levels[0])
 
     def alpha_bar(self, j: Tensor | float) -> Tensor:
         """ᾱ_j = sin²(π/2·j/(M(1+C_2)))."""

@@ -272,7 +272,7 @@ def _prepared_net(net: Any, dtype: torch.dtype | None, consume: bool) -> Any:
     if isinstance(net, Precond):
         device = next(net.parameters()).device
         own = net.dtype or (torch.float16 if net.use_fp16 and device.type == "cuda" else torch.float32)
-        return optimize(net, dtype or own, consume=consume)
+        return optimize(net, dtype or own, consume=consume, lean=True)
     if dtype is not None:
         if not hasattr(net, "dtype"):
             raise SignFastError("this network takes no dtype: leave it away, or use one of sign_fast.models")

@@ -222,7 +222,7 @@ class ImageGenerator:
             steps = DEFAULT_STEPS[self.role]
             if sampler == "multistep" and isinstance(options.get("noise_levels"), Sequence):
                 steps = len(options["noise_levels"]) + 1
-        return check_request(self._traits, seeds, sampler, steps, labels, output, options)
+        return check_request(self._traits, seeds, sampler, steps, labels, output, options, self._engine.noise)
 
     def _generate(self, request: Request) -> Tensor:
         r = request

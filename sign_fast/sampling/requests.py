@@ -106,9 +106,10 @@ def check_request(
     labels: Labels,
     output: str,
     options: dict[str, Any],
+    noise: Literal["torch", "philox"] = "torch",
 ) -> Request:
     """The request, or a SignFastError in one line that says what is wrong with it and how to mend it."""
-    numbers = check_seeds(seeds)
+    numbers = check_seeds(seeds, noise=noise)
     if output not in ("uint8", "float"):
         raise SignFastError(f"output must be uint8 or float, not {output!r}")
     steps = check_steps(steps)
