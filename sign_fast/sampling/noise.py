@@ -12,6 +12,9 @@ from torch import Tensor
 
 from ..errors import SignFastError, short, whole_number
 
+MOST_SEEDS = 10**8
+"""In one list."""
+
 
 class SeededNoise:
     """One generator per image, as the published programs have it: batch size, order and devices change no draw.
@@ -85,7 +88,7 @@ def parse_seeds(text: str) -> list[int]:
     """'0-63,70' -> [0, …, 63, 70].
 
     Raises:
-        SignFastError: not of that form, or no seed at all.
+        SignFastError: not of that form, no seed at all, or more than can be kept in a list.
     """
     seeds: list[int] = []
     for part in text.split(","):
@@ -96,5 +99,7 @@ def parse_seeds(text: str) -> list[int]:
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise SignFastError(f"seeds {text!r}: the range {part} runs backwards: write {last}-{first}")
+        if len(seeds) + last - first >= MOST_SEEDS:
+            raise SignFastError(f"seeds {text!r}: more than {MOST_SEEDS} of them: run them in parts")
         seeds.extend(range(first, last + 1))
     return seeds
