@@ -100,11 +100,11 @@ def _cores() -> int:
 
 
 def _seeds(text: str | None, num: int | None) -> list[int]:
-    from ..sampling import parse_seeds
+    from ..sampling.noise import check_seeds, parse_seeds
 
     if text is None:
-        return list(range(64 if num is None else num))
-    return parse_seeds(text)[:num]
+        text = f"0-{(num or 64) - 1}"
+    return check_seeds(parse_seeds(text)[:num])
 
 
 def _sampler(generator: Any, sigma_G: float | None, teacher: dict[str, Any]) -> tuple[str, dict[str, Any]]:

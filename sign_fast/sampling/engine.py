@@ -92,7 +92,7 @@ class Engine:
         if lacks := [name for name in ("img_resolution", "img_channels") if not hasattr(net, name)]:
             raise SignFastError(f"the network does not say its {' and '.join(lacks)}: set them as attributes")
         self._net = _prepared_net(net, dtype, consume)
-        self._noise = noise
+        self.noise = noise
         self._max_graphs = max_graphs
         self._token = next(_tokens)
         self._plans: OrderedDict[Any, _Prepared] = OrderedDict()
@@ -135,7 +135,7 @@ class Engine:
             output: "uint8" for (B, H, W, C) bytes, "float" for (B, C, H, W) float32 in about [-1, 1].
         """
         device = self.device
-        noise = (SeededNoise if self._noise == "torch" else PhiloxNoise)(device, seeds)
+        noise = (SeededNoise if self.noise == "torch" else PhiloxNoise)(device, seeds)
         shape = (self.img_channels, self.img_resolution, self.img_resolution)
         drawn = isinstance(noise, SeededNoise) or callable(sampler)
         latents = noise.randn([len(seeds), *shape]) if drawn else None
@@ -244,7 +244,7 @@ class Engine:
             plan=prepared.plan.structure,
             dtype=getattr(self._net, "dtype", None) or torch.float32,
             conditional=self.label_dim > 0,
-            noise=self._noise,
+            noise=self.noise,
             output=output,
         )
 

@@ -76,8 +76,9 @@ class PinnedRing:
         """Begin to copy a tensor that the current stream makes; returns at once while a buffer is free.
 
         Args:
-            images: any shape and dtype, contiguous; not written to until the transfer is done.
+            images: any shape and dtype; not written to until the transfer is done.
         """
+        images = images.contiguous()
         with self._lock:
             size = images.numel() * images.element_size()
             target = self._free_buffer(size)[:size].view(images.dtype).view(images.shape)

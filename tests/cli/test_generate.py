@@ -16,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sign_fast.checkpoints.store import find
 from sign_fast.cli.main import main
-from sign_fast.sampling import ImageGenerator, pictures
+from sign_fast.sampling import ImageGenerator, SeededNoise, pictures
 from sign_fast.sampling.pictures import PngWriter
 
 
@@ -187,6 +188,9 @@ def test_bad_network_folder(tmp_path, capfd, change, message):
         (["--nonsense"], 2, "--nonsense"),
         (["--seeds", "1-3,2"], 1, "seed 2 is there twice"),
         (["--seeds", "9223372036854775808"], 1, "seed 9223372036854775808 is out of range"),
+        (["--seeds", "0-99999999999999"], 1, "more than 100000000 of them"),
+        (["--num", "99999999999999"], 1, "more than 100000000 of them"),
+        (["--network", "nowhere", "--seeds", "7,7"], 1, "seed 7 is there twice"),
         (["--workers", "0"], 2, "--workers"),
         (["--noise", "sobol"], 2, "--noise"),
         (["--dtype", "int8"], 2, "--dtype"),
@@ -290,6 +294,26 @@ def test_noise(tmp_path, capfd):
     assert generate(capfd, tmp_path / "default", "--num", 3)[0] == 0
     torch_, philox = files(tmp_path / "torch"), files(tmp_path / "philox")
     assert torch_ == files(tmp_path / "default") and not set(torch_.values()) & set(philox.values())
+
+
+class TimeFree(torch.nn.Module):
+    img_resolution, img_channels, label_dim, time_free = 4, 3, 0, True
+
+    def forward(self, x):
+        return x.clamp(-1, 1) / 2
+
+
+def test_student_without_time_input(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(ImageGenerator, "from_pretrained", lambda *rest: ImageGenerator(TimeFree()))
+    assert generate(capfd, tmp_path / "a", "--num", 2)[0] == 0
+    want = np.trunc(
+        SeededNoise("cpu", [0]).randn([1, 3, 4, 4])[0].clamp(-1, 1).numpy() / 8 * 127.5 + 128
+    )  # three steps
+    picture = np.asarray(Image.open(tmp_path / "a" / "000000.png"))
+    assert (picture == want.transpose(1, 2, 0)).all()
+    for word, message in (("--sigma_G", "this one takes none"), ("--rho", "--rho go with a teacher")):
+        status, _, err = generate(capfd, tmp_path / "b", "--num", 2, word, 2)
+        assert status == 1 and message in err and err.count("\n") == 1
 
 
 def test_the_bar_counts_what_has_been_saved(tmp_path, capfd):
