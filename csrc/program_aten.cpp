@@ -120,7 +120,7 @@ class AtenExecutor final : public Executor {
       y = y.view({inputs[0].size(0), out.height, out.width, out.channels}).permute({0, 3, 1, 2});
     } else {
       const Tensor x = inputs.size() == 2 ? at::cat(inputs, 1) : inputs[0];
-      const at::IntArrayRef one{1, 1}, pad{o.padding, o.padding};
+      const std::array<int64_t, 2> one{1, 1}, pad{o.padding, o.padding};
       y = at::conv2d(x, f.weight, f.early, one, pad);
     }
     if (f.late) y.add_(f.late->view({1, -1, 1, 1}));
@@ -144,10 +144,10 @@ class AtenExecutor final : public Executor {
 
   static Tensor resampled(const Tensor& x, Resampling resampling, const Buffer& out) {
     if (resampling == Resampling::Up) {
-      const at::IntArrayRef size{out.height, out.width};
+      const std::array<int64_t, 2> size{out.height, out.width};
       return at::upsample_nearest2d(x, size);
     }
-    const at::IntArrayRef two{2, 2};
+    const std::array<int64_t, 2> two{2, 2};
     return resampling == Resampling::Down ? at::avg_pool2d(x, two) : x;
   }
 

@@ -16,7 +16,7 @@ Tensor add_residual(Tensor y, const std::optional<Tensor>& residual, double scal
 Tensor resample(const Tensor& x, const Tensor& kernel, bool up, int64_t padding) {
   const int64_t channels = x.size(1), size = kernel.size(0);
   const Tensor weight = kernel.to(x.scalar_type()).expand({channels, 1, size, size});
-  const at::IntArrayRef two{2, 2}, pad{padding, padding};
+  const std::array<int64_t, 2> two{2, 2}, pad{padding, padding};
   if (up) return at::conv_transpose2d(x, weight, {}, two, pad, 0, channels);
   return at::conv2d(x, weight, {}, two, pad, 1, channels);
 }
@@ -30,7 +30,7 @@ void filter(const Tensor& x, const Tensor& kernel, bool up, int64_t padding, con
 
 void padded_convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t padding,
                         const std::optional<Tensor>& residual, double scale, const Tensor& y) {
-  const at::IntArrayRef one{1, 1}, pad{padding, padding};
+  const std::array<int64_t, 2> one{1, 1}, pad{padding, padding};
   y.copy_(add_residual(at::conv2d(x, weight, bias, one, pad), residual, scale));
 }
 
