@@ -1,0 +1,152 @@
+"""Images a second over batch size and steps: every provider as far as time and memory allow."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from benchmarks.comparison import Row, Run, compare_outputs, say, warm
+from benchmarks.measure import MIN_ROUNDS, interleaved, summary
+from benchmarks.providers import Provider, reference
+from sign_fast.errors import SignFastError, first_line
+
+BATCHES = tuple(2**i for i in range(10))
+STEPS = 4
+
+
+def _status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def free_memory(device: str) -> float:
+    """Bytes that can still be allocated on the device."""
+    if device.startswith("cuda"):
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    group = Path("/sys/fs/cgroup")
+    try:
+        return min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no such file, or "max"
+        return free
+
+
+@dataclass
+class _Series:
+    """One provider's way through the batch sizes.
+
+    Args:
+        left: seconds that it may still warm up.
+        warm: seconds of its last warm-up, call its last call's in it.
+        memory: bytes that its last first call added at the peak.
+        times: seconds of a generation by steps, at the last batch size.
+        batch: the last.
+        ended: why it goes no further.
+    """
+
+    left: float
+    warm: float = 0.0
+    memory: float = 0.0
+    times: dict[int, float] = field(default_factory=dict)
+    batch: int = 0
+    ended: str = ""
+
+    def next_does_not_fit(self, batch: int, seconds: float, memory: float) -> str:
+        """Why not, judged by the last batch size; empty if it fits."""
+        if not self.batch:
+            return ""
+        growth = batch / self.batch
+        warm = max(self.warm, growth * max(self.times.values()))
+        timing = MIN_ROUNDS * growth * sum(self.times.values())
+        if warm > self.left:
+            return f"starting at batch {batch} takes about {warm:.2g} s, {max(self.left, 0):.2g} s are left"
+        if timing > seconds:
+            return f"timing batch {batch} takes about {timing:.2g} s, {max(seconds, 0):.2g} s are left"
+        if growth * self.memory > 0.9 * memory:
+            return f"batch {batch} needs about {growth * self.memory / 1e9:.1f} GB, {memory / 1e9:.1f} GB are free"
+        return ""
+
+
+@contextmanager
+def _recorded(series: _Series, device: str) -> Iterator[None]:
+    """Seconds and bytes of what runs inside."""
+    cuda = device.startswith("cuda")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = _status_bytes("VmRSS")
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        series.warm = time.perf_counter() - started
+        series.left -= series.warm
+        peak = torch.cuda.max_memory_allocated(device) if cuda else _status_bytes("VmHWM")
+        series.memory = float(max(peak - before, 0))
+
+
+def _start(run: Run, name: str, batch: int, series: _Series) -> tuple[Provider | None, str]:
+    try:
+        with _recorded(series, run.case.device):
+            return warm(run, name, batch)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+            raise
+        return None, f"out of memory: {first_line(error)}"[:120]
+
+
+def sweep(run: Run, batches: Sequence[int], steps: int) -> list[Row]:
+    """Rows of every provider, batch size and 1 … steps steps.
+
+    Half of the run's seconds are for timing, shared out evenly over the points, half for warming up, shared out over
+    the providers. Where the next batch size would not fit, judged by the last one, a provider's series ends with a row
+    that has "skipped".
+
+    Raises:
+        SignFastError: an output is wrong, or no provider can run.
+    """
+    numbers = range(1, steps + 1)
+    all_series = {name: _Series(run.seconds / 2 / len(run.names)) for name in run.names}
+    timing = run.seconds / 2
+    points = len(batches) * steps
+    rows: list[Row] = []
+    for batch in sorted(batches):
+        going = {name: series for name, series in all_series.items() if not series.ended}
+        ready: list[Provider] = []
+        for name, series in going.items():
+            series.ended = series.next_does_not_fit(batch, timing / len(going), free_memory(run.case.device))
+            provider = None
+            if not series.ended:
+                provider, series.ended = _start(run, name, batch, series)
+            if provider is None:
+                rows.append({"batch": batch, "provider": name, "skipped": series.ended})
+            else:
+                ready.append(provider)
+        for k in numbers if ready else ():
+            some = [provider.with_steps(k) for provider in ready]
+            if k == 1 or batch == min(batches):  # what the steps do does not depend on the batch size
+                expected = reference(some[0].case, run.net, run.seeds(batch))
+                for provider in some:
+                    compare_outputs(run, provider, expected, batch)
+            say(f"batch {batch}, {k} step(s): timing")
+            started = time.perf_counter()
+            times = interleaved(some, batch, max(timing, 0) / points, run.case.seed)
+            timing -= time.perf_counter() - started
+            points -= 1
+            found = summary(times, batch)
+            for provider in some:
+                all_series[provider.name].times[k] = found[provider.name]["ms_p50"] / 1000 * batch
+                all_series[provider.name].batch = batch
+                rows.append(run.row(provider, batch, found[provider.name]))
+    if not any("skipped" not in row for row in rows):
+        raise SignFastError(f"no provider runs here: {rows[-1]['skipped']}")
+    return rows
