@@ -105,7 +105,7 @@ def cold(name: str, case: Case, batch: int, timeout: float, threads: int | None 
 
 @contextmanager
 def compiler_caches(keep: bool = False) -> Iterator[None]:
-    """Compilers find empty caches, here and in child processes; with `keep`, a cache that is named goes on being used."""
+    """Compilers find empty caches, here and in child processes; with `keep`, a cache that is named stays in use."""
     names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     before = {name: os.environ.get(name) for name in names}
     with tempfile.TemporaryDirectory() as folder:

@@ -9,16 +9,17 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 import sign_fast
-from sign_fast.checkpoints.atomic import explain_os_errors, make_folder
+from sign_fast.checkpoints.atomic import explain_os_errors, make_folder, write_atomically
 from sign_fast.errors import SignFastError
 from sign_fast.kernels import extension
 
@@ -54,6 +55,17 @@ COLUMNS = [
     "warm_up_s",
     "peak_mb",
     "rounds",
+    "mode",  # throughput, latency, cold or sweep; empty in rows from before there was a choice
+    "ms_p99",
+    "import_s",
+    "ready_s",
+    "launches",
+    "captured_mb",
+    "gflop_per_call",
+    "mb_per_call",
+    "matrix_tflop_s",
+    "copy_gb_s",
+    "roofline",
 ]
 
 
@@ -110,24 +122,39 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def _locked(path: Path) -> Iterator[TextIO]:
+    """The file, opened for appending; nobody else has it meanwhile."""
+    while True:
+        with path.open("a+", newline="") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):  # else it was replaced while this waited
+                yield file
+                return
+
+
 def append(path: Path, rows: list[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> None:
-    """Add whole rows under a lock; a new file gets the header first.
+    """Add whole rows under a lock; a new file gets the header first, one without the last columns gets them, empty.
 
     Raises:
         SignFastError: the file has other columns, or cannot be written.
     """
     make_folder(path.parent)
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    with explain_os_errors(path), path.open("a+", newline="") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
+    with explain_os_errors(path), _locked(path) as file:
         file.seek(0)
-        header = file.readline().rstrip("\r\n")
-        if not header:
-            writer.writeheader()
-        elif header.split(",") != list(columns):
+        header = file.readline().rstrip("\r\n").split(",")
+        if header != list(columns)[: len(header)] and header != [""]:
             raise SignFastError(f"{path} has other columns than this program writes: name another file with --ledger")
-        writer.writerows({name: row.get(name, "") for name in columns} for row in rows)
+        if len(header) < len(columns):
+            file.seek(0)
+            writer.writeheader()
+            writer.writerows(csv.DictReader(file))
+            writer.writerows(rows)
+            write_atomically(path, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))
+            return
+        writer.writerows(rows)
         size = os.fstat(file.fileno()).st_size
         try:
             file.write(text.getvalue())

@@ -42,7 +42,7 @@ def quantile(values: list[float], q: float) -> float:
 
 
 def summary(times: dict[str, list[float]], batch: int) -> dict[str, dict[str, float]]:
-    """Per provider: images/s from the median, ms an image at p20/p50/p80 (p99 of 100 rounds), ratios to plain, rounds."""
+    """Per provider: images/s from the median, ms an image (p99 from 100 rounds on), ratios to plain, rounds."""
     out = {}
     for name, values in times.items():
         points = (20, 50, 80, 99) if len(values) >= TAIL_ROUNDS else (20, 50, 80)

@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.plain import Plain
 from sign_fast import functional, models
 from sign_fast.checkpoints.store import bundled_names, find, read_config
-from sign_fast.errors import SignFastError, first_line
+from sign_fast.errors import SignFastError
 from sign_fast.models import preset_names
 from sign_fast.nn import Conv2d
 from sign_fast.sampling import SeededNoise, edm_sampler, few_step
@@ -145,7 +145,7 @@ class CompileProvider(Provider):
 
 
 class _Compiled:
-    """A compiled network; with freezing its weights are constants, which the compiler has to know when it first runs."""
+    """A compiled network; with freezing its weights are constants, and the first call has to know."""
 
     def __init__(self, net: Plain, freezing: bool) -> None:
         self.compiled = torch.compile(net, mode="max-autotune", dynamic=False)

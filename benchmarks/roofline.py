@@ -64,6 +64,9 @@ class Ceilings:
     flop_s: float
     byte_s: float
 
+    def __str__(self) -> str:
+        return f"ceilings: matrix product {self.flop_s / 1e12:.3g} TFLOP/s, copy {self.byte_s / 1e9:.3g} GB/s"
+
     def attainable(self, work: Work, batch: int) -> float:
         """Seconds that one evaluation of a batch takes at least."""
         return max(batch * work.flops / self.flop_s, work.bytes(batch) / self.byte_s)
