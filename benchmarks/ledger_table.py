@@ -2,8 +2,9 @@
 
 A table stands between `<!-- ledger preset=digits-uncond device_type=cpu -->` and `<!-- /ledger -->`; the words filter
 the rows (`sampler=edm steps=18 threads=1`; `mode=latency`, else it is mode=throughput), the newest run of each batch
-size, sampler, steps, dtype and threads is shown; what differs among the rows has its column. `<!-- kernels device_type=cpu -->` is the same of the ledger of
-single operations: the newest run, summed up over its shapes.
+size, sampler, steps, dtype and threads is shown; what differs among the rows has its column.
+`<!-- kernels device_type=cpu -->` is the same of the ledger of single operations: the newest run, summed up over its
+shapes.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         full = header[: 2 + several] if "skipped" in row else header
         cells = [form.format(row[key]) if row.get(key, "") != "" else "-" for _, key, form in full]
-        lines.append([*cells, f"not here: {row['skipped']}"] if "skipped" in row else cells)
+        lines.append([*cells, f"not run: {row['skipped']}"] if "skipped" in row else cells)
     widths = [max(len(line[i]) for line in lines if len(line) == len(header) or i < 2) for i in range(len(header))]
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=False)) for line in lines)
 

@@ -108,8 +108,8 @@ def _start(run: Run, name: str, batch: int, series: _Series) -> tuple[Provider |
 def sweep(run: Run, batches: Sequence[int], steps: int) -> list[Row]:
     """Rows of every provider, batch size and 1 … steps steps.
 
-    Half of the run's seconds are for timing, shared out evenly over the points, half for warming up, shared out over
-    the providers. Where the next batch size would not fit, judged by the last one, a provider's series ends with a row
+    Half of the run's seconds are for warming up, shared out over the providers, half for timing: to each point half
+    its share of what is left, as large batches take more. Where the next batch size would not fit, judged by the last one, a provider's series ends with a row
     that has "skipped".
 
     Raises:
@@ -140,7 +140,7 @@ def sweep(run: Run, batches: Sequence[int], steps: int) -> list[Row]:
                     compare_outputs(run, provider, expected, batch)
             say(f"batch {batch}, {k} step(s): timing")
             started = time.perf_counter()
-            times = interleaved(some, batch, max(timing, 0) / points, run.case.seed)
+            times = interleaved(some, batch, max(timing, 0) / points / 2, run.case.seed)
             timing -= time.perf_counter() - started
             points -= 1
             found = summary(times, batch)
