@@ -26,8 +26,8 @@ class Run:
     Args:
         case: with the first number of steps.
         names: of the providers, in order.
-        seconds: for timing; for each batch size, in a sweep for all.
-        limit: seconds that a provider may take to compile and run first.
+        seconds: for timing, at each batch size; in a sweep at all.
+        limit: seconds that a provider may take to compile and run first; in a sweep at all batch sizes.
         threads: as asked for, None for the default.
         facts: columns of all rows.
         bounded: whether the fraction of the roofline is reported.
@@ -92,17 +92,18 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def warm(run: Run, name: str, batch: int) -> tuple[Provider | None, str]:
-    """A provider that has run once, or None and the reason why it cannot run here.
+def warm(run: Run, name: str, batch: int, limit: float) -> tuple[Provider | None, str]:
+    """A provider that has run once, or None and the reason why it cannot run here: only a compiler may fail.
 
-    Only a compiler may fail, or take too long.
+    Raises:
+        TimeoutError: it took longer than `limit` seconds.
     """
     say(f"batch {batch}: warming up {name}")
     try:
-        with time_limit(run.limit):
+        with time_limit(limit):
             provider = make(name, run.case, run.net)
             provider(run.seeds(batch))
-    except SignFastError:
+    except (SignFastError, TimeoutError):
         raise
     except Exception as error:
         if name != "compile":
@@ -141,7 +142,10 @@ def compare(run: Run, batch: int, fresh: bool, rounds: int = MIN_ROUNDS) -> list
     rows: list[Row] = []
     ready: list[Provider] = []
     for name in run.names:
-        provider, why = (None, failed[name]) if name in failed else warm(run, name, batch)
+        try:
+            provider, why = (None, failed[name]) if name in failed else warm(run, name, batch, run.limit)
+        except TimeoutError as error:
+            provider, why = None, str(error)
         if provider is None:
             rows.append({"batch": batch, "provider": name, "skipped": why})
             continue

@@ -1,10 +1,14 @@
-"""The append-only ledger: one CSV row a measurement, with all that is needed to repeat it."""
+"""The append-only ledger: one CSV row a measurement, with all that is needed to repeat it.
+
+`python benchmarks/ledger.py FILE …` appends what throughput.py wrote elsewhere: throughput.json, latency.json, ….
+"""
 
 from __future__ import annotations
 
 import csv
 import fcntl
 import io
+import json
 import os
 import platform
 import subprocess
@@ -16,6 +20,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
+if __package__ in (None, ""):  # run as a file; an installed sign_fast goes before the tree's
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import click
 import torch
 
 import sign_fast
@@ -168,3 +176,24 @@ def read(path: Path) -> list[dict[str, str]]:
     """All rows, oldest first."""
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+@click.command()
+@click.option("--ledger", type=click.Path(path_type=Path, dir_okay=False), default=DEFAULT, show_default="results/")
+@click.argument("reports", type=click.Path(path_type=Path, exists=True, dir_okay=False), nargs=-1, required=True)
+def main(ledger: Path, reports: tuple[Path, ...]) -> None:
+    """Append the rows of throughput's JSON REPORTS to the ledger."""
+    try:
+        found = [row for path in reports for row in json.loads(path.read_text())["rows"] if "skipped" not in row]
+        if not all("provider" in row and "date" in row for row in found):
+            raise ValueError("a row without its provider and date")
+        append(ledger, found)
+    except (KeyError, TypeError, ValueError) as error:
+        raise click.ClickException(f"not a report of benchmarks/throughput.py: {error}") from error
+    except SignFastError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"{len(found)} rows appended to {ledger}")
+
+
+if __name__ == "__main__":
+    main()

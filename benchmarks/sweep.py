@@ -44,29 +44,24 @@ class _Series:
 
     Args:
         left: seconds that it may still warm up.
-        warm: seconds of its last warm-up, call its last call's in it.
-        memory: bytes that its last first call added at the peak.
+        memory: bytes that its last warm-up added at the peak.
         times: seconds of a generation by steps, at the last batch size.
         batch: the last.
         ended: why it goes no further.
     """
 
     left: float
-    warm: float = 0.0
     memory: float = 0.0
     times: dict[int, float] = field(default_factory=dict)
     batch: int = 0
     ended: str = ""
 
-    def next_does_not_fit(self, batch: int, seconds: float, memory: float) -> str:
+    def does_not_fit(self, batch: int, seconds: float, memory: float) -> str:
         """Why not, judged by the last batch size; empty if it fits."""
         if not self.batch:
             return ""
         growth = batch / self.batch
-        warm = max(self.warm, growth * max(self.times.values()))
         timing = MIN_ROUNDS * growth * sum(self.times.values())
-        if warm > self.left:
-            return f"starting at batch {batch} takes about {warm:.2g} s, {max(self.left, 0):.2g} s are left"
         if timing > seconds:
             return f"timing batch {batch} takes about {timing:.2g} s, {max(seconds, 0):.2g} s are left"
         if growth * self.memory > 0.9 * memory:
@@ -89,42 +84,44 @@ def _recorded(series: _Series, device: str) -> Iterator[None]:
     try:
         yield
     finally:
-        series.warm = time.perf_counter() - started
-        series.left -= series.warm
+        series.left -= time.perf_counter() - started
         peak = torch.cuda.max_memory_allocated(device) if cuda else _status_bytes("VmHWM")
         series.memory = float(max(peak - before, 0))
 
 
 def _start(run: Run, name: str, batch: int, series: _Series) -> tuple[Provider | None, str]:
+    """A provider that has run once, or None and what it lacked: time, memory."""
     try:
         with _recorded(series, run.case.device):
-            return warm(run, name, batch)
+            return warm(run, name, batch, max(series.left, 1.0))
+    except TimeoutError as error:
+        return None, f"batch {batch} {error} to start"
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        return None, f"out of memory: {first_line(error)}"[:120]
+        return None, f"batch {batch} is out of memory: {first_line(error)}"[:160]
 
 
 def sweep(run: Run, batches: Sequence[int], steps: int) -> list[Row]:
     """Rows of every provider, batch size and 1 … steps steps.
 
-    Half of the run's seconds are for warming up, shared out over the providers, half for timing: to each point half
-    its share of what is left, as large batches take more. Where the next batch size would not fit, judged by the last one, a provider's series ends with a row
-    that has "skipped".
+    The run's seconds are for timing: each point takes half its share of what is left, as large batches take more. Its
+    limit is for warming up at all batch sizes, for each provider. Where the next batch size would not fit, judged by the
+    last one, or takes too long, a provider's series ends with a row that has "skipped".
 
     Raises:
         SignFastError: an output is wrong, or no provider can run.
     """
     numbers = range(1, steps + 1)
-    all_series = {name: _Series(run.seconds / 2 / len(run.names)) for name in run.names}
-    timing = run.seconds / 2
+    all_series = {name: _Series(run.limit) for name in run.names}
+    timing = run.seconds
     points = len(batches) * steps
     rows: list[Row] = []
     for batch in sorted(batches):
         going = {name: series for name, series in all_series.items() if not series.ended}
         ready: list[Provider] = []
         for name, series in going.items():
-            series.ended = series.next_does_not_fit(batch, timing / len(going), free_memory(run.case.device))
+            series.ended = series.does_not_fit(batch, timing / len(going), free_memory(run.case.device))
             provider = None
             if not series.ended:
                 provider, series.ended = _start(run, name, batch, series)

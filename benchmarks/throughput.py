@@ -64,7 +64,7 @@ def _mode(latency: bool, cold: bool, sweep: bool, batch: tuple[int, ...] | None,
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0),
-    help="Time for each batch size; --sweep: for all, warming up included.  [default: 20; --sweep 300]",
+    help="Timing of each batch size; --sweep: of all.  [default: 20; --sweep 300]",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of weights and images.")
 @click.option("--outdir", type=click.Path(path_type=Path), default="out/throughput", show_default=True)
@@ -77,7 +77,7 @@ def _mode(latency: bool, cold: bool, sweep: bool, batch: tuple[int, ...] | None,
     type=click.FloatRange(min=1),
     default=900,
     show_default=True,
-    help="Seconds that a provider may take until its first images, in a fresh process and in this one.",
+    help="Seconds a provider may take to its first images, in a fresh process and in this one; --sweep: at all batches.",
 )
 @click.option("--quick", is_flag=True, help="About a minute; appends to no ledger unless one is named.")
 def throughput(
