@@ -107,7 +107,7 @@ def environment(device: str) -> dict[str, Any]:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
         triton = "none"
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    words = [Path(sys.argv[0]).name, *(word.removeprefix(f"{ROOT}{os.sep}") for word in sys.argv[1:])]
     if cuda:
         name = torch.cuda.get_device_name(device)
         driver = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0:1]

@@ -106,8 +106,8 @@ def sweep(run: Run, batches: Sequence[int], steps: int) -> list[Row]:
     """Rows of every provider, batch size and 1 … steps steps.
 
     The run's seconds are for timing: each point takes half its share of what is left, as large batches take more. Its
-    limit is for warming up at all batch sizes, for each provider. Where the next batch size would not fit, judged by the
-    last one, or takes too long, a provider's series ends with a row that has "skipped".
+    limit is for warming up at all batch sizes, for each provider. Where the next batch size would not fit, judged by
+    the last one, or takes too long, a provider's series ends with a row that has "skipped".
 
     Raises:
         SignFastError: an output is wrong, or no provider can run.

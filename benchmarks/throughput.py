@@ -77,7 +77,7 @@ def _mode(latency: bool, cold: bool, sweep: bool, batch: tuple[int, ...] | None,
     type=click.FloatRange(min=1),
     default=900,
     show_default=True,
-    help="Seconds a provider may take to its first images, in a fresh process and in this one; --sweep: at all batches.",
+    help="Seconds a provider may take to its first images, in a fresh process and in this one; --sweep: in all.",
 )
 @click.option("--quick", is_flag=True, help="About a minute; appends to no ledger unless one is named.")
 def throughput(
