@@ -52,9 +52,9 @@ def test_turns_medians_and_a_provider_that_fails():
 
 
 def test_a_child_says_in_one_line_what_was_wrong():
-    with pytest.raises(RuntimeError, match="^unknown provider 'magic'"):
+    with pytest.raises(RuntimeError, match="unknown provider 'magic'"):
         cold("magic", DIGITS, 1, 60)
-    with pytest.raises(RuntimeError, match="^took longer than 0 s"):
+    with pytest.raises(RuntimeError, match="took longer than 0 s"):
         cold("plain", DIGITS, 1, 0.01)
 
 
