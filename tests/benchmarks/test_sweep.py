@@ -49,7 +49,7 @@ def test_a_series_that_runs_out_of_memory_or_time_ends_and_the_others_go_on(monk
         return real(run, name, batch, limit)
 
     monkeypatch.setattr(sweep, "warm", warm)
-    run = comparison.Run(DIGITS, ["plain", "compile", "drop_in", "sign_fast"], 4.0, 5.0, bounded=False)
+    run = comparison.Run(DIGITS, ["plain", "compile", "drop_in", "sign_fast"], 1.5, 5.0, bounded=False)
     rows = sweep.sweep(run, [1, 2, 4], 1)
     ended = {row["provider"]: (row["batch"], row["skipped"]) for row in rows if "skipped" in row}
     assert ended == {

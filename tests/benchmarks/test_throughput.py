@@ -69,7 +69,7 @@ def test_latency(report, tmp_path, capsys):
 
 
 def test_sweep(report, tmp_path, capsys):
-    words = ["--sweep", "--batch", "2,1", "--steps", 2, "--seconds", 3, "--providers", "plain,sign_fast"]
+    words = ["--sweep", "--batch", "2,1", "--steps", 2, "--seconds", 1.5, "--providers", "plain,sign_fast"]
     rows = report("sweep", *words, "--preset", "digits-cond")
     points = [(row["batch"], row["steps"], row["provider"]) for row in rows]
     assert points == [(b, k, name) for b in (1, 2) for k in (1, 2) for name in ("plain", "sign_fast")]
@@ -118,9 +118,8 @@ def test_cold(tmp_path):
 
 def test_files(tmp_path):
     ledger = tmp_path / "ledger.csv"
-    for _ in range(2):
-        done = run(*SHORT, "--skip-cold", "--outdir", tmp_path, "--ledger", ledger)
-        assert done.returncode == 0, done.stderr
+    done = run(*SHORT, "--skip-cold", "--outdir", tmp_path, "--ledger", ledger)
+    assert done.returncode == 0, done.stderr
     assert "sign_fast" in done.stdout and "vs plain" in done.stdout
     report = json.loads((tmp_path / "throughput.json").read_text())
     assert [(r["batch"], r["provider"]) for r in report["rows"]] == [
@@ -132,7 +131,7 @@ def test_files(tmp_path):
     for row in report["rows"]:
         assert 0 < row["ms_p20"] <= row["ms_p50"] <= row["ms_p80"] and row["rounds"] >= 3
     rows = list(csv.DictReader(ledger.open()))
-    assert len(rows) == 8 and rows[0]["preset"] == "digits-uncond" and rows[0]["commit"]
+    assert len(rows) == 4 and rows[0]["preset"] == "digits-uncond" and rows[0]["commit"]
     assert ledger.read_text().count("images_per_second") == 1
     assert str(ROOT) not in (rows[0]["command"].replace(str(tmp_path), ""))
     assert Image.open(tmp_path / "throughput.png").size[0] > 300
