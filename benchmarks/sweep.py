@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -44,29 +45,29 @@ class _Series:
 
     Args:
         left: seconds that it may still warm up.
-        memory: bytes that its last warm-up added at the peak.
-        times: seconds of a generation by steps, at the last batch size.
+        call: seconds of its last second call, one step.
+        memory: bytes that this call added at the peak.
         batch: the last.
         ended: why it goes no further.
     """
 
     left: float
+    call: float = 0.0
     memory: float = 0.0
-    times: dict[int, float] = field(default_factory=dict)
     batch: int = 0
     ended: str = ""
 
-    def does_not_fit(self, batch: int, seconds: float, memory: float) -> str:
+    def does_not_fit(self, batch: int, memory: float) -> str:
         """Why not, judged by the last batch size; empty if it fits."""
-        if not self.batch:
-            return ""
-        growth = batch / self.batch
-        timing = MIN_ROUNDS * growth * sum(self.times.values())
-        if timing > seconds:
-            return f"timing batch {batch} takes about {timing:.2g} s, {max(seconds, 0):.2g} s are left"
-        if growth * self.memory > 0.9 * memory:
-            return f"batch {batch} needs about {growth * self.memory / 1e9:.1f} GB, {memory / 1e9:.1f} GB are free"
+        need = self.memory * batch / max(self.batch, 1)
+        if need > 0.9 * memory:
+            return f"batch {batch} needs about {need / 1e9:.1f} GB, {memory / 1e9:.1f} GB are free"
         return ""
+
+    def takes_too_long(self, batch: int, calls: int, seconds: float) -> str:
+        """Why the least number of rounds takes longer than these seconds; empty if it does not."""
+        need = MIN_ROUNDS * calls * self.call
+        return f"timing batch {batch} takes {need:.2g} s, {max(seconds, 0):.2g} s are left" if need > seconds else ""
 
 
 @contextmanager
@@ -77,61 +78,74 @@ def _recorded(series: _Series, device: str) -> Iterator[None]:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     else:
+        with suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left behind would hide what this one needs
         with suppress(OSError):  # where that is forbidden the peak is the process's, and the estimate high
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = _status_bytes("VmRSS")
     started = time.perf_counter()
-    try:
-        yield
-    finally:
-        series.left -= time.perf_counter() - started
-        peak = torch.cuda.max_memory_allocated(device) if cuda else _status_bytes("VmHWM")
-        series.memory = float(max(peak - before, 0))
+    yield
+    series.call = time.perf_counter() - started
+    peak = torch.cuda.max_memory_allocated(device) if cuda else _status_bytes("VmHWM")
+    series.memory = float(max(peak - before, 0))
 
 
 def _start(run: Run, name: str, batch: int, series: _Series) -> tuple[Provider | None, str]:
-    """A provider that has run once, or None and what it lacked: time, memory."""
+    """A provider that has run twice, or None and what it lacked: time, memory."""
+    started = time.perf_counter()
     try:
-        with _recorded(series, run.case.device):
-            return warm(run, name, batch, max(series.left, 1.0))
+        provider, why = warm(run, name, batch, max(series.left, 1.0))
+        if provider is not None:
+            with _recorded(series, run.case.device):
+                provider(run.seeds(batch))
+        series.batch = batch
+        return provider, why
     except TimeoutError as error:
         return None, f"batch {batch} {error} to start"
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         return None, f"batch {batch} is out of memory: {first_line(error)}"[:160]
+    finally:
+        series.left -= time.perf_counter() - started
 
 
 def sweep(run: Run, batches: Sequence[int], steps: int) -> list[Row]:
     """Rows of every provider, batch size and 1 … steps steps.
 
     The run's seconds are for timing: each point takes half its share of what is left, as large batches take more. Its
-    limit is for warming up at all batch sizes, for each provider. Where the next batch size would not fit, judged by
-    the last one, or takes too long, a provider's series ends with a row that has "skipped".
+    limit is for warming up at all batch sizes, for each provider. Where the next batch size would take more than is
+    left, or more memory, judged by the last one, a provider's series ends with a row that has "skipped".
 
     Raises:
         SignFastError: an output is wrong, or no provider can run.
     """
-    numbers = range(1, steps + 1)
     all_series = {name: _Series(run.limit) for name in run.names}
+    calls = sum(replace(run.case, steps=k).calls() for k in range(1, steps + 1))
     timing = run.seconds
     points = len(batches) * steps
     rows: list[Row] = []
     for batch in sorted(batches):
+        first = batch == min(batches)
         going = {name: series for name, series in all_series.items() if not series.ended}
         ready: list[Provider] = []
         for name, series in going.items():
-            series.ended = series.does_not_fit(batch, timing / len(going), free_memory(run.case.device))
+            share = timing / len(going)
+            # a larger batch takes no less time; the first is timed in any case
+            series.ended = "" if first else series.takes_too_long(batch, calls, share)
+            series.ended = series.ended or series.does_not_fit(batch, free_memory(run.case.device))
             provider = None
             if not series.ended:
                 provider, series.ended = _start(run, name, batch, series)
-            if provider is None:
+            if provider is not None and not first:
+                series.ended = series.takes_too_long(batch, calls, share)
+            if provider is None or series.ended:
                 rows.append({"batch": batch, "provider": name, "skipped": series.ended})
             else:
                 ready.append(provider)
-        for k in numbers if ready else ():
+        for k in range(1, steps + 1) if ready else ():
             some = [provider.with_steps(k) for provider in ready]
-            if k == 1 or batch == min(batches):  # what the steps do does not depend on the batch size
+            if k == 1 or first:  # what the steps do does not depend on the batch size
                 expected = reference(some[0].case, run.net, run.seeds(batch))
                 for provider in some:
                     compare_outputs(run, provider, expected, batch)
@@ -142,8 +156,6 @@ def sweep(run: Run, batches: Sequence[int], steps: int) -> list[Row]:
             points -= 1
             found = summary(times, batch)
             for provider in some:
-                all_series[provider.name].times[k] = found[provider.name]["ms_p50"] / 1000 * batch
-                all_series[provider.name].batch = batch
                 rows.append(run.row(provider, batch, found[provider.name]))
     if not any("skipped" not in row for row in rows):
         raise SignFastError(f"no provider runs here: {rows[-1]['skipped']}")

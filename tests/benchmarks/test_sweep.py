@@ -13,22 +13,23 @@ DIGITS = Case("digits-uncond", "few_step", 1, "float32", "cpu")
 
 
 def series(**changes):
-    return sweep._Series(**{"left": 9.0, "memory": 3e9, "times": {1: 0.5, 2: 1.0}, "batch": 4, **changes})
+    return sweep._Series(**{"left": 9.0, "call": 0.5, "memory": 3e9, "batch": 4, **changes})
 
 
 def test_the_next_batch_is_judged_by_the_last():
-    assert series().does_not_fit(8, seconds=9.1, memory=7e9) == ""
-    assert series().does_not_fit(8, seconds=8.9, memory=7e9) == "timing batch 8 takes about 9 s, 8.9 s are left"
-    assert series().does_not_fit(8, 9.1, 6.5e9) == "batch 8 needs about 6.0 GB, 6.5 GB are free"
-    assert series().does_not_fit(64, seconds=-1.0, memory=7e9).endswith(" 0 s are left")
-    assert sweep._Series(1.0).does_not_fit(512, 0.0, 0.0) == ""  # the first is tried
+    assert series().does_not_fit(8, memory=7e9) == ""
+    assert series().does_not_fit(8, memory=6.5e9) == "batch 8 needs about 6.0 GB, 6.5 GB are free"
+    assert series().takes_too_long(8, calls=10, seconds=15.0) == ""
+    assert series().takes_too_long(8, calls=10, seconds=14.0) == "timing batch 8 takes 15 s, 14 s are left"
+    assert series().takes_too_long(8, calls=10, seconds=-1.0).endswith(" 0 s are left")
+    assert sweep._Series(1.0).does_not_fit(512, 0.0) == ""  # the first is tried
 
 
-def test_memory_is_measured():
+def test_memory_and_time_of_a_call_are_measured():
     found = series()
     with sweep._recorded(found, "cpu"):
         torch.ones(32 << 20)
-    assert 128e6 < found.memory < 1e9 and found.left < 9.0
+    assert 128e6 < found.memory < 1e9 and 0 < found.call < 0.5
     with sweep._recorded(found, "cpu"):
         pass
     assert found.memory < 64e6
