@@ -29,7 +29,7 @@ def test_memory_and_time_of_a_call_are_measured():
     found = series()
     with sweep._recorded(found, "cpu"):
         torch.ones(32 << 20)
-    assert 128e6 < found.memory < 1e9 and 0 < found.call < 0.5
+    assert 128e6 < found.memory < 1e9 and found.call > 0
     with sweep._recorded(found, "cpu"):
         pass
     assert found.memory < 64e6
