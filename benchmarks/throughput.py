@@ -140,7 +140,7 @@ def throughput(
     of_steps = f"1 to {max(row.get('steps', 1) for row in rows)}" if sweep else str(case.steps)
     title = f"{preset}, {sampler} {of_steps} step(s), {dtype}"
     click.echo(f"{mode}: {title}, {facts['weights']} weights")
-    click.echo(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, C++ {facts['extension']}")
+    click.echo(f"{facts['device']}, {facts['threads']} thread(s), torch {facts['torch']}, C++ {facts['extension']}")
     if run.ceilings is not None:
         click.echo(run.ceilings)
     click.echo(table(rows))
@@ -150,7 +150,11 @@ def throughput(
     try:
         draw = {"throughput": plot, "sweep": plot_sweep}.get(mode)
         if draw is not None:
-            draw(outdir / f"{mode}.png", rows, f"{title}\n{facts['device']}, torch {facts['torch']}")
+            draw(
+                outdir / f"{mode}.png",
+                rows,
+                f"{title}\n{facts['device']}, {facts['threads']} thread(s), torch {facts['torch']}",
+            )
     except ImportError:
         click.echo("no plot: pip install 'sign-fast[bench]' brings matplotlib", err=True)
 
