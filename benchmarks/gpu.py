@@ -1,7 +1,8 @@
 """Everything that only a GPU can tell, in nine minutes, into one folder: `make gpu` runs this.
 
-Builds the extension, runs the kernel tests on the device, captures each operation in a CUDA graph, runs
-compute-sanitizer, times the kernels. Each step has a time limit and a log; a step that fails does not stop the others.
+Builds the extension, runs the kernel and engine tests on the device, captures each operation in a CUDA graph, runs
+compute-sanitizer, times whole generations and the kernels. Each step has a time limit and a log; a step that fails does
+not stop the others.
 """
 
 from __future__ import annotations
@@ -27,12 +28,19 @@ if __package__ in (None, ""):  # run as a file; an installed sign_fast goes befo
 import click
 
 TOTAL = 535.0  # seconds, of nine minutes
+CACHE = ".cache"  # of compilers, in the results folder: what is compiled for throughput is not compiled for latency
+FILES = ("summary.json", "sweep.json", "sweep.png", "latency.json", "kernels.json")
+_TESTS = 160.0  # seconds of what runs at the same time
+_OVERHEAD = 20.0  # seconds in which a step starts and ends
 NOTHING_COLLECTED = 5  # pytest's exit status for files that only the interpreter runs
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command; its output goes to `log` in the results folder, the times of steps with one log are added there."""
+    """One command; its output goes to `log` in the results folder, the times of steps with one log are added there.
+
+    "{left}" in the command becomes the seconds that it may take, less those for starting and ending.
+    """
 
     name: str
     command: tuple[str, ...]
@@ -55,30 +63,41 @@ def phases(results: Path) -> list[list[Step]]:
     """The steps of one phase run at the same time; timing has the machine to itself."""
     folder = ROOT / "tests" / "kernels_triton"
     tests = [
-        Step(f"tests: {file.name}", _pytest(str(file.relative_to(ROOT))), 240, "tests.log", missing=_lacks(file))
+        Step(f"tests: {file.name}", _pytest(str(file.relative_to(ROOT))), _TESTS, "tests.log", missing=_lacks(file))
         for file in sorted(folder.glob("test_*.py"))
         if file.name != "test_capture.py"
     ]
-    tests.append(Step("tests: kernels", _pytest("tests/kernels"), 240, "tests.log"))
+    tests.append(Step("tests: kernels", _pytest("tests/kernels"), _TESTS, "tests.log"))
+    engine = "" if (ROOT / "tests" / "gpu").is_dir() else "there is no tests/gpu"
+    tests.append(Step("tests: engine", _pytest("tests/gpu"), _TESTS, "tests.log", missing=engine))
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     memcheck = (sanitizer or "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
     sanitize = Step(
         "compute-sanitizer",
         (*memcheck, sys.executable, "benchmarks/sanitize.py"),
-        240,
+        _TESTS,
         "sanitizer.log",
         (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),  # an allocation each tensor, so that each one's end is watched
         "" if sanitizer else "compute-sanitizer is not installed",
     )
-    kernels = (sys.executable, "benchmarks/kernels.py", "--device", "cuda", "--seconds", "130")
+    throughput = (sys.executable, "benchmarks/throughput.py", "--preset", "cifar10-uncond-vp", "--dtype", "bfloat16")
+    throughput += ("--device", "cuda", "--no-ledger", "--outdir", str(results))
+    sweep = ("--sweep", "--batch", "1,256", "--steps", "4", "--seconds", "24", "--cold-timeout", "140")
+    latency = ("--latency", "--seconds", "8", "--cold-timeout", "40")
+    cache = tuple(
+        (name, str(results / CACHE / name.lower())) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    )
+    kernels = (sys.executable, "benchmarks/kernels.py", "--device", "cuda", "--seconds", "{left}")
     return [
-        [Step("build", (sys.executable, "setup.py", "-q", "build_ext", "--inplace"), 120, "build.log")],
+        [Step("build", (sys.executable, "setup.py", "-q", "build_ext", "--inplace"), 100, "build.log")],
         [
             *tests,
-            Step("graph capture", _pytest("tests/kernels_triton/test_capture.py"), 240, "capture.log"),
+            Step("graph capture", _pytest("tests/kernels_triton/test_capture.py"), _TESTS, "capture.log"),
             sanitize,
         ],
-        [Step("kernels", (*kernels, "--out", str(results / "kernels.json")), 240, "kernels.log")],
+        [Step("throughput", (*throughput, *sweep), 230, "throughput.log", cache)],
+        [Step("latency", (*throughput, *latency), 70, "throughput.log", cache)],
+        [Step("kernels", (*kernels, "--out", str(results / "kernels.json")), 150, "kernels.log")],
     ]
 
 
@@ -90,13 +109,15 @@ def run(step: Step, results: Path, deadline: float) -> dict[str, Any]:
     seconds = min(step.limit, deadline - time.monotonic())
     if seconds <= 0:
         return {**facts, "outcome": "not run: no time was left", "failed": True}
+    command = [word.replace("{left}", str(max(0, int(seconds - _OVERHEAD)))) for word in step.command]
+    facts["command"] = " ".join(command)
     started = time.monotonic()
     output = results / f".{step.name.replace('/', ' ')}"
     python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1", **dict(step.environment)}
     with output.open("wb") as file:
         process = subprocess.Popen(
-            step.command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             status = process.wait(seconds)
@@ -133,7 +154,7 @@ def gpu(results: Path) -> None:
     results = results.resolve()
     results.mkdir(parents=True, exist_ok=True)
     plan = phases(results)
-    for name in {step.log for phase in plan for step in phase} | {"summary.json", "kernels.json"}:
+    for name in {step.log for phase in plan for step in phase} | {*FILES}:
         (results / name).unlink(missing_ok=True)
     outcomes: list[dict[str, Any]] = []
     for phase in plan:
@@ -141,6 +162,7 @@ def gpu(results: Path) -> None:
             for facts in pool.map(lambda step: run(step, results, deadline), phase):
                 outcomes.append(facts)
                 click.echo(f"{facts['outcome']:<24} {facts['seconds']:>6.1f} s  {facts['step']}")
+    shutil.rmtree(results / CACHE, ignore_errors=True)
     summary = {**ledger.environment("cuda"), "steps": outcomes}
     (results / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     failed = [

@@ -1,24 +1,33 @@
-"""The append-only ledger: one CSV row a measurement, with all that is needed to repeat it."""
+"""The append-only ledger: one CSV row a measurement, with all that is needed to repeat it.
+
+`python benchmarks/ledger.py FILE …` appends what throughput.py wrote elsewhere: throughput.json, latency.json, ….
+"""
 
 from __future__ import annotations
 
 import csv
 import fcntl
 import io
+import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+if __package__ in (None, ""):  # run as a file; an installed sign_fast goes before the tree's
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import click
 import torch
 
 import sign_fast
-from sign_fast.checkpoints.atomic import explain_os_errors, make_folder
+from sign_fast.checkpoints.atomic import explain_os_errors, make_folder, write_atomically
 from sign_fast.errors import SignFastError
 from sign_fast.kernels import extension
 
@@ -54,6 +63,17 @@ COLUMNS = [
     "warm_up_s",
     "peak_mb",
     "rounds",
+    "mode",  # throughput, latency, cold or sweep; empty in rows from before there was a choice
+    "ms_p99",
+    "import_s",
+    "ready_s",
+    "launches",
+    "captured_mb",
+    "gflop_per_call",
+    "mb_per_call",
+    "matrix_tflop_s",
+    "copy_gb_s",
+    "roofline",
 ]
 
 
@@ -87,7 +107,7 @@ def environment(device: str) -> dict[str, Any]:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
         triton = "none"
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    words = [Path(sys.argv[0]).name, *(word.removeprefix(f"{ROOT}{os.sep}") for word in sys.argv[1:])]
     if cuda:
         name = torch.cuda.get_device_name(device)
         driver = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0:1]
@@ -110,24 +130,39 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def _locked(path: Path) -> Iterator[TextIO]:
+    """The file, opened for appending; nobody else has it meanwhile."""
+    while True:
+        with path.open("a+", newline="") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):  # else it was replaced while this waited
+                yield file
+                return
+
+
 def append(path: Path, rows: list[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> None:
-    """Add whole rows under a lock; a new file gets the header first.
+    """Add whole rows under a lock; a new file gets the header first, one without the last columns gets them, empty.
 
     Raises:
         SignFastError: the file has other columns, or cannot be written.
     """
     make_folder(path.parent)
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    with explain_os_errors(path), path.open("a+", newline="") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
+    with explain_os_errors(path), _locked(path) as file:
         file.seek(0)
-        header = file.readline().rstrip("\r\n")
-        if not header:
-            writer.writeheader()
-        elif header.split(",") != list(columns):
+        header = file.readline().rstrip("\r\n").split(",")
+        if header != list(columns)[: len(header)] and header != [""]:
             raise SignFastError(f"{path} has other columns than this program writes: name another file with --ledger")
-        writer.writerows({name: row.get(name, "") for name in columns} for row in rows)
+        if len(header) < len(columns):
+            file.seek(0)
+            writer.writeheader()
+            writer.writerows(csv.DictReader(file))
+            writer.writerows(rows)
+            write_atomically(path, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))
+            return
+        writer.writerows(rows)
         size = os.fstat(file.fileno()).st_size
         try:
             file.write(text.getvalue())
@@ -141,3 +176,24 @@ def read(path: Path) -> list[dict[str, str]]:
     """All rows, oldest first."""
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+@click.command()
+@click.option("--ledger", type=click.Path(path_type=Path, dir_okay=False), default=DEFAULT, show_default="results/")
+@click.argument("reports", type=click.Path(path_type=Path, exists=True, dir_okay=False), nargs=-1, required=True)
+def main(ledger: Path, reports: tuple[Path, ...]) -> None:
+    """Append the rows of throughput's JSON REPORTS to the ledger."""
+    try:
+        found = [row for path in reports for row in json.loads(path.read_text())["rows"] if "skipped" not in row]
+        if not all("provider" in row and "date" in row for row in found):
+            raise ValueError("a row without its provider and date")
+        append(ledger, found)
+    except (KeyError, TypeError, ValueError) as error:
+        raise click.ClickException(f"not a report of benchmarks/throughput.py: {error}") from error
+    except SignFastError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"{len(found)} rows appended to {ledger}")
+
+
+if __name__ == "__main__":
+    main()

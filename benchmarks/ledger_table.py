@@ -1,8 +1,10 @@
 """Writes README's tables from the ledger, so that every figure there has a row; --check only compares.
 
 A table stands between `<!-- ledger preset=digits-uncond device_type=cpu -->` and `<!-- /ledger -->`; the words filter
-the rows, the newest run of each batch size is shown. `<!-- kernels device_type=cpu -->` is the same of the ledger of
-single operations: the newest run, summed up over its shapes.
+the rows (`sampler=edm steps=18 threads=1`; `mode=latency`, else it is mode=throughput), the newest run of each batch
+size, sampler, steps, dtype and threads is shown; what differs among the rows has its column.
+`<!-- kernels device_type=cpu -->` is the same of the ledger of single operations: the newest run, summed up over its
+shapes.
 """
 
 from __future__ import annotations
@@ -11,32 +13,75 @@ import math
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 if __package__ in (None, ""):  # run as a file; an installed sign_fast goes before the tree's
     sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import click
 
+from benchmarks.ledger import COLUMNS, DEFAULT, read
+
 _MARKED = re.compile(r"(<!-- (ledger|kernels) ([^>]*?) ?-->\n).*?(<!-- /\2 -->)", re.S)
 
 
-def markdown(rows: list[dict[str, str]]) -> str:
+_SETTING = ("sampler", "steps", "dtype", "threads")  # each combination is a measurement of its own
+_NUMBERS = ("batch", "steps", "threads")
+_Row = dict[str, str]
+
+
+def _number(key: str, form: str, scale: float = 1.0) -> Callable[[_Row], str]:
+    return lambda r: form.format(float(r[key]) * scale) if r.get(key) else "–"
+
+
+def _rate(r: _Row) -> str:
+    if not r["images_per_second"]:
+        return "–"
+    rate = float(r["images_per_second"])
+    return f"{rate:.0f}" if rate >= 100 else f"{rate:.1f}"
+
+
+def _spread(r: _Row) -> str:
+    return f"{float(r['ms_p50']):.3g} ({float(r['ms_p20']):.3g}, {float(r['ms_p80']):.3g})" if r["ms_p50"] else "–"
+
+
+# heading, cell, and the column that has to be filled in by a row for the heading to be shown
+_COLUMNS: list[tuple[str, Callable[[_Row], str], str]] = [
+    ("images/s", _rate, "images_per_second"),
+    ("ms/image (p20, p80)", _spread, "ms_p50"),
+    ("p99", _number("ms_p99", "{:.3g}"), "ms_p99"),
+    ("vs plain", _number("ratio_to_plain", "{:.2f}×"), "ratio_to_plain"),
+    ("of roofline", _number("roofline", "{:.0f}%", 100), "roofline"),
+    ("launches", _number("launches", "{:.0f}"), "launches"),
+    ("captured", _number("captured_mb", "{:.0f} MB"), "captured_mb"),
+    ("import", _number("import_s", "{:.1f} s"), "import_s"),
+    ("first image", _number("first_image_s", "{:.1f} s"), "first_image_s"),
+    ("peak memory", _number("peak_mb", "{:.0f} MB"), "peak_mb"),
+]
+
+
+def _place(r: _Row) -> tuple[Any, ...]:
+    return tuple(int(r[key]) if key in _NUMBERS else r[key] for key in (*_SETTING, "batch"))
+
+
+def markdown(rows: list[_Row]) -> str:
     """The table of these rows, and a line that says where they come from."""
-    # of each batch size the newest run, and that one whole
-    runs = {r["batch"]: (r["date"], r["command"]) for r in rows}
-    rows = [r for r in rows if runs[r["batch"]] == (r["date"], r["command"])]
-    newest = {(int(r["batch"]), r["provider"]): r for r in rows}
-    lines = ["| batch | provider | images/s | ms/image (p20, p80) | vs plain | first image | peak memory |"]
-    lines.append("|---:|---|---:|---:|---:|---:|---:|")
-    for (batch, provider), r in sorted(newest.items(), key=lambda item: (item[0][0], _ORDER.index(item[0][1]))):
-        first = f"{float(r['first_image_s']):.1f} s" if r["first_image_s"] else "–"
-        peak = f"{float(r['peak_mb']):.0f} MB" if r["peak_mb"] else "–"
-        spread = f"{float(r['ms_p50']):.3g} ({float(r['ms_p20']):.3g}, {float(r['ms_p80']):.3g})"
-        ratio = f"{float(r['ratio_to_plain']):.2f}×" if r["ratio_to_plain"] else "–"
-        rate = float(r["images_per_second"])
-        shown = f"{rate:.0f}" if rate >= 100 else f"{rate:.1f}"
-        lines.append(f"| {batch} | `{provider}` | {shown} | {spread} | {ratio} | {first} | {peak} |")
+    # of each measurement the newest run, and that one whole
+    runs = {_place(r): (r["date"], r["command"]) for r in rows}
+    rows = [r for r in rows if runs[_place(r)] == (r["date"], r["command"])]
+    newest = {(_place(r), r["provider"]): r for r in rows}
+    order = sorted(newest, key=lambda key: (key[0], _ORDER.index(key[1])))
+    varying = [key for key in _SETTING if len({r[key] for r in rows}) > 1]
+    columns = [(title, cell) for title, cell, key in _COLUMNS if any(r[key] for r in rows)]
+    lines = ["| " + " | ".join([*varying, "batch", "provider", *(title for title, _ in columns)]) + " |"]
+    right = ["---" if key not in _NUMBERS else "---:" for key in varying]
+    lines.append("|" + "|".join([*right, "---:", "---", *("---:" for _ in columns)]) + "|")
+    for key in order:
+        r = newest[key]
+        cells = [*(r[name] for name in varying), r["batch"], f"`{r['provider']}`", *(cell(r) for _, cell in columns)]
+        lines.append("| " + " | ".join(cells) + " |")
     sources = {
         f"{r['device']}, {r['threads']} threads, driver {r['driver']}, torch {r['torch']}, {r['dtype']}, "
         f"{r['sampler']} {r['steps']} step(s), commit {r['commit']}, {r['date'][:10]}: `{r['command']}`"
@@ -68,7 +113,7 @@ def kernels_markdown(rows: list[dict[str, str]]) -> str:
     return "\n".join([*lines, "", f"<sub>{source}</sub>"]) + "\n"
 
 
-_ORDER = ["plain", "compile", "sign_fast"]
+_ORDER = ["plain", "compile", "drop_in", "sign_fast"]
 _BUNDLED = re.compile(r"(<!-- bundled -->\n).*?(<!-- /bundled -->)", re.S)
 
 
@@ -90,10 +135,14 @@ def rewritten(text: str, rows: list[dict[str, str]], kernel_rows: list[dict[str,
         ValueError: a filter that no row passes or no column has, or a marker without its end.
     """
 
+    # rows from before there was a column have it empty, from before there were modes are of throughput
+    rows = [{**dict.fromkeys(COLUMNS, ""), **r, "mode": r.get("mode") or "throughput"} for r in rows]
+
     def table(match: re.Match[str]) -> str:
         start, book, words, end = match.groups()
         pages, show = (rows, markdown) if book == "ledger" else (kernel_rows or [], kernels_markdown)
-        wanted = dict(word.split("=", 1) for word in words.split())
+        wanted = {"mode": "throughput"} if book == "ledger" else {}
+        wanted |= dict(word.split("=", 1) for word in words.split())
         if unknown := [key for key in wanted if pages and key not in pages[0]]:
             raise ValueError(f"the ledger has no column {unknown[0]}")
         chosen = [r for r in pages if all(r[key] == value for key, value in wanted.items())]
@@ -113,7 +162,6 @@ def rewritten(text: str, rows: list[dict[str, str]], kernel_rows: list[dict[str,
 def main(check: bool, path: Path) -> None:
     """Make the tables of PATH (README.md) from benchmarks/results/ledger.csv and kernels.csv."""
     from benchmarks.kernels import LEDGER as KERNELS
-    from benchmarks.ledger import DEFAULT, read
     from sign_fast.checkpoints.atomic import write_text
 
     text = path.read_text(encoding="utf-8")

@@ -7,7 +7,6 @@ of `sign_fast.functional` is called; the topology is read off the given network.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -143,13 +142,13 @@ class Plain(nn.Module):
     """A preconditioned network of `sign_fast.models`, evaluated plainly.
 
     Args:
-        net: copied, its weights put in NCHW.
+        net: shared, not copied; its weights are to be in NCHW, as `models.create` and `models.load` make them.
         dtype: of the inner network.
     """
 
     def __init__(self, net: Any, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.net = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
+        self.net = net
         self.dtype = dtype
         self.inner = song if type(net.model).__name__ == "SongUNet" else dhariwal
         self.label_dim = net.label_dim

@@ -1,10 +1,15 @@
-"""What is compared: plain PyTorch, torch.compile of it, and the library; each a function from seeds to uint8 images."""
+"""What is compared, each a function from seeds to uint8 images.
+
+plain: the network in ordinary PyTorch, NCHW. compile: torch.compile of plain, max-autotune, channels_last; on a CPU
+with freezing, on CUDA with its CUDA graphs. drop_in: the library's networks in place of the published ones, under the
+Python samplers. sign_fast: the library's engine.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,11 +18,11 @@ from torch import Tensor
 from benchmarks.plain import Plain
 from sign_fast import functional, models
 from sign_fast.checkpoints.store import bundled_names, find, read_config
-from sign_fast.errors import SignFastError, first_line
+from sign_fast.errors import SignFastError
 from sign_fast.models import preset_names
+from sign_fast.nn import Conv2d
 from sign_fast.sampling import SeededNoise, edm_sampler, few_step
 
-PROVIDERS = ("plain", "compile", "sign_fast")
 SAMPLERS: dict[str, Callable[..., Tensor]] = {"few_step": few_step, "edm": edm_sampler}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -32,6 +37,10 @@ class Case:
     dtype: str
     device: str
     seed: int = 0
+
+    def calls(self) -> int:
+        """Network calls of one generation."""
+        return 2 * self.steps - 1 if self.sampler == "edm" else self.steps
 
 
 def build_network(case: Case) -> Any:
@@ -64,29 +73,37 @@ class Provider:
     Args:
         name: of PROVIDERS.
         case: what to run.
-        net: the network that all providers share; it is not changed.
+        net: the network that all providers share, in NCHW.
+        own: `net` may be changed, so no second copy of the weights is held; else it stays as it is.
 
     Raises:
         RuntimeError: this provider cannot run here; the message says why.
     """
 
-    def __init__(self, name: str, case: Case, net: Any) -> None:
+    def __init__(self, name: str, case: Case, net: Any, own: bool = False) -> None:
         self.name = name
         self.case = case
-        dtype = DTYPES[case.dtype]
-        if name == "sign_fast":
-            self.net = copy.deepcopy(net).to(memory_format=torch.channels_last)
-            self.net.dtype = dtype
-        elif name == "plain":
-            self.net = Plain(net, dtype).eval()
-        elif name == "compile":
-            channels_last = Plain(net, dtype).eval().to(memory_format=torch.channels_last)
-            self.net = torch.compile(channels_last, mode="max-autotune", dynamic=False)
-            self.net.sigma_min, self.net.sigma_max = net.sigma_min, net.sigma_max
-        else:
-            raise SignFastError(f"unknown provider {name!r}: known: {', '.join(PROVIDERS)}")
         self.shape = (net.img_channels, net.img_resolution, net.img_resolution)
         self.label_dim = net.label_dim
+        self.net = self.network(net, own)
+
+    def network(self, net: Any, own: bool) -> Any:
+        """What the sampler calls."""
+        raise NotImplementedError
+
+    def with_steps(self, steps: int) -> Provider:
+        """The same, compiled network and all, with another number of steps."""
+        other = copy.copy(self)
+        other.case = replace(self.case, steps=steps)
+        return other
+
+    def launches(self, batch: int) -> int | None:
+        """Kernels that one forward pass launches; None where that is not known."""
+        return None
+
+    def captured_bytes(self) -> int | None:
+        """Device memory that the CUDA graphs of this process hold; None where that is not known."""
+        return None
 
     @torch.no_grad()
     def images(self, seeds: Sequence[int]) -> Tensor:
@@ -108,39 +125,104 @@ class Provider:
         return images
 
 
-def try_provider(name: str, case: Case, net: Any, seeds: Sequence[int]) -> tuple[Provider | None, str]:
-    """A provider that has run once, or None and the reason why it cannot run here."""
-    try:
-        provider = Provider(name, case, net)
-        provider(seeds)
-    except SignFastError:
-        raise
-    except Exception as error:
-        if name != "compile":
-            raise
-        return None, f"{type(error).__name__}: {first_line(error)}"[:200]
-    return provider, ""
+class PlainProvider(Provider):
+    """Ordinary PyTorch, NCHW; weights are cast at each call, as in the published networks."""
+
+    def network(self, net: Any, own: bool) -> Any:
+        return Plain(net, DTYPES[self.case.dtype]).eval()
 
 
-def check(provider: Provider, plain: Provider, exact: Provider, seeds: Sequence[int]) -> str:
+class CompileProvider(Provider):
+    """torch.compile of plain. One at a time: making another forgets what was compiled before."""
+
+    def network(self, net: Any, own: bool) -> Any:
+        torch._dynamo.reset()  # it compiles one function eight times, then never again
+        net = (net if own else copy.deepcopy(net)).to(memory_format=torch.channels_last)
+        for layer in net.modules():
+            if isinstance(layer, Conv2d):
+                layer.to(DTYPES[self.case.dtype])  # once, not at each call
+        return _Compiled(Plain(net, DTYPES[self.case.dtype]).eval(), freezing=self.case.device == "cpu")
+
+
+class _Compiled:
+    """A compiled network; with freezing its weights are constants, and the first call has to know."""
+
+    def __init__(self, net: Plain, freezing: bool) -> None:
+        self.compiled = torch.compile(net, mode="max-autotune", dynamic=False)
+        self.sigma_min, self.sigma_max, self.round_sigma = net.sigma_min, net.sigma_max, net.round_sigma
+        self.freezing = freezing
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        if not self.freezing:
+            return self.compiled(*arguments)
+        with torch._inductor.config.patch(freezing=True):
+            images = self.compiled(*arguments)
+        self.freezing = False  # patching takes time and has done its work
+        return images
+
+
+class DropIn(Provider):
+    """The library's networks where the published ones were: channels_last, the samplers in Python."""
+
+    def network(self, net: Any, own: bool) -> Any:
+        net = (net if own else copy.deepcopy(net)).to(memory_format=torch.channels_last)
+        net.dtype = DTYPES[self.case.dtype]
+        return net
+
+
+PROVIDERS: dict[str, type[Provider]] = {
+    "plain": PlainProvider,
+    "compile": CompileProvider,
+    "drop_in": DropIn,
+    "sign_fast": DropIn,
+}
+
+
+def make(name: str, case: Case, net: Any, own: bool = False) -> Provider:
+    """The provider of that name, see `Provider`.
+
+    Raises:
+        SignFastError: there is no such provider.
+    """
+    if name not in PROVIDERS:
+        raise SignFastError(f"unknown provider {name!r}: known: {', '.join(PROVIDERS)}")
+    return PROVIDERS[name](name, case, net, own)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What plain makes of some seeds, in float32 (`exact`) and in the case's dtype; float64, (B, C, H, W)."""
+
+    exact: Tensor
+    plain: Tensor
+
+
+def reference(case: Case, net: Any, seeds: Sequence[int]) -> Reference:
+    """Plain's images: what every provider's are compared with."""
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        exact = make("plain", replace(case, dtype="float32"), net).images(seeds).double()
+    if case.dtype == "float32" and case.device == "cpu":
+        return Reference(exact, exact)
+    return Reference(exact, make("plain", case, net).images(seeds).double())
+
+
+def check(provider: Provider, expected: Reference, seeds: Sequence[int]) -> str:
     """Empty if the provider computes what plain computes, else what is wrong.
 
     float32: both sum the same terms in another order; 2e-5 of the largest value is what the golden numbers allow, too.
     Where float32 convolutions are TF32 (CUDA's default), and in 16 bits, plain's own distance from true float32 is the
     measure, and twice that is allowed, plus one rounding of the dtype. Then no uint8 may be more than a level off.
     """
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        want = exact.images(seeds).double()
-    base, got = (p.images(seeds).double() for p in (plain, provider))
-    scale = want.abs().max()
-    error, base_error = (float((t - want).abs().max() / scale) for t in (got, base))
+    got = provider.images(seeds).double()
+    scale = expected.exact.abs().max()
+    error, base_error = (float((t - expected.exact).abs().max() / scale) for t in (got, expected.plain))
     if provider.case.dtype == "float32":
         bound = max(2e-5, 2 * base_error)
     else:
         bound = 2 * base_error + torch.finfo(DTYPES[provider.case.dtype]).eps
     if not error <= bound:
         return f"{provider.name}: error {error:.2e} of the largest value, {bound:.2e} is allowed"
-    levels = (functional.to_uint8(got).int() - functional.to_uint8(base).int()).abs().max()
+    levels = (functional.to_uint8(got).int() - functional.to_uint8(expected.plain).int()).abs().max()
     if provider.case.dtype == "float32" and base_error <= 2e-5 and levels > 1:
         return f"{provider.name}: an image is {int(levels)} uint8 levels off, 1 is allowed"
     return ""

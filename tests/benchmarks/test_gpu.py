@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import Step, phases, run
+from benchmarks.gpu import FILES, TOTAL, Step, phases, run
+from benchmarks.throughput import throughput
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,10 +69,32 @@ def test_no_step_starts_after_the_deadline(tmp_path):
 
 def test_results_are_few_files_and_the_limits_fit(tmp_path):
     plan = phases(tmp_path)
-    assert len({step.log for phase in plan for step in phase} | {"summary.json", "kernels.json"}) <= 8
-    assert sum(max(step.limit for step in phase) for phase in plan) <= 660
+    assert len({step.log for phase in plan for step in phase} | {*FILES}) <= 12
+    # the kernels come last and take what is left
+    assert sum(max(step.limit for step in phase) for phase in plan[:-1]) <= TOTAL + 25
+    assert [step.name for step in plan[-1]] == ["kernels"] and "{left}" in plan[-1][0].command
     names = {step.name for phase in plan for step in phase}
-    assert {"build", "graph capture", "compute-sanitizer", "kernels", "tests: kernels"} <= names
+    assert {"build", "graph capture", "compute-sanitizer", "tests: kernels", "tests: engine"} <= names
+    assert {"throughput", "latency"} <= names
+
+
+@pytest.mark.parametrize("name", ["throughput", "latency"])
+def test_the_timings_are_measurements_that_there_are(name, tmp_path):
+    step = next(step for phase in phases(tmp_path) for step in phase if step.name == name)
+    python, program, *words = step.command
+    assert python == sys.executable and program == "benchmarks/throughput.py"
+    options = throughput.make_context("throughput.py", words).params  # an unknown option is an error
+    assert options["no_ledger"] and options["outdir"] == tmp_path and options["dtype"] == "bfloat16"
+    assert options["sweep"] == (name == "throughput") and options["latency"] == (name == "latency")
+    assert options["providers"] == "plain,compile,sign_fast" and options["cold_timeout"] < step.limit
+    assert {"TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"} == {key for key, _ in step.environment}
+
+
+def test_a_command_gets_the_seconds_that_are_left(tmp_path):
+    step = Step("last", (sys.executable, "-c", "import sys; print('left', sys.argv[1])", "{left}"), 100, "all.log")
+    facts = run(step, tmp_path, time.monotonic() + 45.5)
+    assert facts["outcome"] == "ok" and facts["command"].endswith(" 25")
+    assert "left 25" in (tmp_path / "all.log").read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
