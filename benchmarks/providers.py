@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.plain import Plain
-from sign_fast import functional, models
+from sign_fast import ImageGenerator, functional, models
 from sign_fast.checkpoints.store import bundled_names, find, read_config
 from sign_fast.errors import SignFastError
 from sign_fast.models import preset_names
 from sign_fast.nn import Conv2d
 from sign_fast.sampling import SeededNoise, edm_sampler, few_step
+from sign_fast.sampling.graphs import captured
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {"few_step": few_step, "edm": edm_sampler}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -170,11 +171,35 @@ class DropIn(Provider):
         return net
 
 
+class EngineProvider(Provider):
+    """`ImageGenerator`: the inference copy and the engine."""
+
+    def network(self, net: Any, own: bool) -> Any:
+        return ImageGenerator(net, dtype=DTYPES[self.case.dtype], consume=own)
+
+    def launches(self, batch: int) -> int | None:
+        return sum(self.net.net.launches(batch).values()) if self.case.device.startswith("cuda") else None
+
+    def captured_bytes(self) -> int | None:
+        if not self.case.device.startswith("cuda"):
+            return None
+        return sum(graphs["captured_bytes"] for graphs in captured())
+
+    def images(self, seeds: Sequence[int]) -> Tensor:
+        return self.net(seeds, self.case.steps, sampler=self.case.sampler, output="float")
+
+    def __call__(self, seeds: Sequence[int]) -> Tensor:
+        images = self.net(seeds, self.case.steps, sampler=self.case.sampler)
+        if images.is_cuda:
+            torch.cuda.synchronize()
+        return images
+
+
 PROVIDERS: dict[str, type[Provider]] = {
     "plain": PlainProvider,
     "compile": CompileProvider,
     "drop_in": DropIn,
-    "sign_fast": DropIn,
+    "sign_fast": EngineProvider,
 }
 
 

@@ -238,9 +238,7 @@ class OptimizedNet(nn.Module):
 class OptimizedIdempotentNet(OptimizedNet):
     """The time-free student f(u) for inference; made by `optimize` from an `IdempotentPrecond`."""
 
-    def __init__(
-        self, net: IdempotentPrecond, dtype: torch.dtype, consume: bool = False, lean: bool = False
-    ) -> None:
+    def __init__(self, net: IdempotentPrecond, dtype: torch.dtype, consume: bool = False, lean: bool = False) -> None:
         super().__init__(net, dtype, consume, lean)
         self.sigma = net.sigma
 

@@ -170,13 +170,16 @@ class Engine:
         return None if classes is None else nn.functional.one_hot(classes, self.label_dim).float()
 
     def _prepare(self, sampler: str, steps: int, options: Mapping[str, Any]) -> _Prepared:
-        values = {name: tuple(v) if isinstance(v, Sequence) and not isinstance(v, str) else v for name, v in options.items()}
+        values = {
+            name: tuple(v) if isinstance(v, Sequence) and not isinstance(v, str) else v for name, v in options.items()
+        }
         key = (sampler, steps, tuple(sorted(values.items())), self.device)
         prepared = self._plans.get(key)
         if prepared is None:
             plan = plan_of(self._net, sampler, steps, values)
             levels, coefficients = (
-                torch.tensor(numbers, dtype=torch.float64).to(self.device) for numbers in (plan.levels, plan.coefficients)
+                torch.tensor(numbers, dtype=torch.float64).to(self.device)
+                for numbers in (plan.levels, plan.coefficients)
             )
             prepared = self._plans[key] = _Prepared(plan, levels, coefficients)
             if len(self._plans) > _PLANS_KEPT:

@@ -39,17 +39,21 @@ class ImageGenerator:
         role: "teacher" (many steps, Heun) or "student" (one to four calls).
         dtype: of the inner network: float32, bfloat16 or float16; None keeps the network's own.
         noise: "torch", the published draws of each seed, or "philox", other draws that are made faster.
+        consume: the network will not be used elsewhere: its memory is freed while the inference copy is made.
 
     Raises:
         SignFastError: an unknown role, dtype or noise, or a network that does not fit.
     """
 
     def __init__(
-        self, net: Any, role: str = "student", *, dtype: torch.dtype | None = None, noise: str = "torch"
+        self,
+        net: Any,
+        role: str = "student",
+        *,
+        dtype: torch.dtype | None = None,
+        noise: str = "torch",
+        consume: bool = False,
     ) -> None:
-        self._start(net, role, dtype, noise, consume=False)
-
-    def _start(self, net: Any, role: str, dtype: torch.dtype | None, noise: str, consume: bool) -> None:
         if role not in DEFAULT_STEPS:
             raise SignFastError(f"role must be teacher or student, not {role!r}")
         check_choices(dtype, noise)
@@ -79,9 +83,12 @@ class ImageGenerator:
 
         check_choices(dtype, noise)
         role = read_config(find(path_or_name)).get("role", "student")
-        generator = cls.__new__(cls)
-        generator._start(load(path_or_name, device), role, dtype, noise, consume=True)
-        return generator
+        return cls(load(path_or_name, device), role, dtype=dtype, noise=noise, consume=True)
+
+    @property
+    def net(self) -> Any:
+        """What generates: the inference copy of a network of `sign_fast.models`, otherwise the denoiser given."""
+        return self._engine.net
 
     @property
     def device(self) -> torch.device:

@@ -38,9 +38,7 @@ def at_levels(net: Any, plan: Plan, class_labels: Tensor | None, device: torch.d
 
 
 @torch.no_grad()
-def run_plan(
-    plan: Plan, denoiser: Denoiser, draws: Sequence[Tensor], coefficients: Tensor | None = None
-) -> Tensor:
+def run_plan(plan: Plan, denoiser: Denoiser, draws: Sequence[Tensor], coefficients: Tensor | None = None) -> Tensor:
     """Follow a plan with a denoiser, called once for each of the plan's calls.
 
     Args:

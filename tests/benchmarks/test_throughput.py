@@ -147,9 +147,10 @@ def test_fresh_processes_and_few_steps(tmp_path):
 
 def test_a_wrong_output_is_not_reported(tmp_path):
     code = (
-        "import sys, sign_fast.models.unet_block as b\n"
+        "import sys, sign_fast.sampling.engine as engine\n"
         "from benchmarks import throughput\n"
-        "b._scaled_sum = lambda a, c, s: a + c\n"
+        "right = engine.few_step_plan\n"
+        "engine.few_step_plan = lambda steps: right(steps, 2.4)\n"
         "throughput.main()"
     )
     done = run(*SHORT, "--skip-cold", "--outdir", tmp_path, "--ledger", tmp_path / "ledger.csv", code=code)
