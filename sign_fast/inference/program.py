@@ -165,7 +165,7 @@ class Program:
     Args:
         operations: each reads buffers that were written before it; buffer 0 is the network's input.
         buffers: shapes; each is written by one operation.
-        constants: weights and filters in the network's dtype, norms and biases in float32, as the operations index them.
+        constants: as the operations index them; weights and filters in the network's dtype, norms and biases float32.
         output: the buffer that is the network's output.
         width: columns of the conditioning rows.
     """
