@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
@@ -61,6 +62,7 @@ class OptimizedNet(nn.Module):
         self._unfused = replace(self._unfused, constants=constants)
         self.program = fuse_joins(self._unfused) if self.device.type == "cuda" else self._unfused
         self.native: Any | None = native_program(self.program, self.device, self.dtype)
+        self._lock = threading.Lock()
         self._cache: OrderedDict[tuple[float, ...], Conditioning] = OrderedDict()
         self._live: WeakSet[Conditioning] = WeakSet()
 
@@ -80,16 +82,17 @@ class OptimizedNet(nn.Module):
         Args:
             levels: noise levels σ.
         """
-        found = self._cache.get(levels)
-        if found is None:
-            found = self._cache[levels] = Conditioning(self.conditioner, levels)
-            self._live.add(found)
+        with self._lock:
+            found = self._cache.get(levels)
+            if found is None:
+                found = self._cache[levels] = Conditioning(self.conditioner, levels)
+                self._live.add(found)
+            self._cache.move_to_end(levels)
             while len(self._cache) > 1 and (
                 len(self._cache) > _CACHED_CONDITIONINGS or sum(c.nbytes for c in self._cache.values()) > _CACHED_BYTES
             ):
                 self._cache.popitem(last=False)
-        self._cache.move_to_end(levels)
-        return found
+            return found
 
     def _condition(self, sigma: Tensor | float, labels: Tensor | None, like: Tensor) -> tuple[Tensor, ...]:
         """(c_skip, c_out, c_in) of one value or one an image each, and conditioning rows."""
@@ -187,7 +190,8 @@ class OptimizedNet(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("native", "_cache", "_live")}
+        made_by_start = ("native", "_lock", "_cache", "_live")
+        return {name: value for name, value in self.__dict__.items() if name not in made_by_start}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
