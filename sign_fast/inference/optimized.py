@@ -17,8 +17,9 @@ from ..errors import SignFastError
 from ..models.idempotent import IdempotentPrecond
 from ..models.precond import INNER_DTYPES, Precond
 from . import reference
-from .build import build, fuse_joins, release
+from .build import build, release
 from .conditioning import Conditioner, Conditioning
+from .fuse import fuse_joins
 from .launches import LaunchCounter
 from .native import native_program
 
@@ -44,12 +45,12 @@ class OptimizedNet(nn.Module):
         self.sigma_min = net.sigma_min
         self.sigma_max = net.sigma_max
         self.dtype = dtype
+        self._shapes = {name: tuple(p.shape) for name, p in net.state_dict().items()}
         self.conditioner = Conditioner(net, dtype, consume)
         self.program = build(net, dtype, consume=consume)
         for i, constant in enumerate(self.program.constants):
             self.register_buffer(f"constant{i}", constant)
         self._unfused = self.program
-        self._shapes = {name: tuple(p.shape) for name, p in net.state_dict().items()}
         if consume:
             release(*net.parameters())
         self.requires_grad_(False).eval()
@@ -97,11 +98,12 @@ class OptimizedNet(nn.Module):
     def _condition(self, sigma: Tensor | float, labels: Tensor | None, like: Tensor) -> tuple[Tensor, ...]:
         """(c_skip, c_out, c_in) of one value or one an image each, and conditioning rows."""
         fixed = not isinstance(sigma, Tensor) or (sigma.numel() == 1 and sigma.device.type == "cpu")
-        if fixed and labels is None:
+        if fixed:
             # float32 first: the level that the plain network would see
             level = float(torch.as_tensor(sigma).to(self.conditioner.wide))
-            conditioning = self.conditioning((level,))
-            return (*conditioning.device_coefficients[0].split(1), conditioning.rows(0))
+            found = self.conditioning((level,))
+            rows = found.rows(0) if labels is None else self.conditioner.rows(found.c_noise, labels)
+            return (*found.device_coefficients[0].split(1), rows)
         sigma = torch.as_tensor(sigma, device=like.device).to(like.dtype).reshape(-1)
         *coefficients, c_noise = self.conditioner.coefficients(sigma)
         return (*coefficients, self.conditioner.rows(c_noise, labels))

@@ -14,7 +14,7 @@ from oracle import assert_close
 from sign_fast import models, optimize
 from sign_fast.errors import SignFastError
 from sign_fast.inference import conditioning
-from sign_fast.inference.build import fuse_joins
+from sign_fast.inference.fuse import fuse_joins
 from sign_fast.inference.program import JoinNorm
 
 TOLERANCE = 1e-5  # of the largest output, float32 (issue 4)
@@ -122,6 +122,8 @@ def test_consume(net, dtype):
     spent = copy.deepcopy(net)
     optimized = optimize(spent, dtype, consume=True)
     assert all(p.numel() == 0 for p in spent.parameters())
+    assert torch.equal(optimized(x, sigma, labels), want)
+    optimized.update(net)
     assert torch.equal(optimized(x, sigma, labels), want)
 
 
