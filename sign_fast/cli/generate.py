@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -60,7 +60,7 @@ def generate(
     grid: Path | None,
     device: str | None,
     dtype: str,
-    noise: str,
+    noise: Literal["torch", "philox"],
     workers: int | None,
     sigma_G: float | None,
     **teacher: Any,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from ..models.precond import Precond
 from ..models.unet_block import UNetBlock
 from ..models.unets import DhariwalUNet, SongUNet
 from ..nn import Conv2d, GroupNorm
-from .program import Attention, Buffer, Columns, Convolution, Filter, JoinNorm, Norm, Operation, Program, Resampling
+from .program import Attention, Buffer, Columns, Convolution, Filter, Norm, Operation, Program, Resampling
 
 
 def affine_columns(model: SongUNet | DhariwalUNet) -> dict[UNetBlock, Columns]:
@@ -290,10 +289,11 @@ class _Builder:
         """(residual, whether it is read upsampled, bias that is still to be added) of a block's skip."""
         if layer is None:
             return inputs[0] if len(inputs) == 1 else self.joined(inputs), False, None
-        filtered = _resampling(layer) != "none" and not (layer.box and layer.weight is not None)
-        if layer.down and filtered:
-            inputs = (self.filter(self.joined(inputs), layer, _f_pad(layer)),)
-        source, bias = self.joined(inputs) if layer.weight is None else -1, layer.bias
+        if _resampling(layer) != "none" and not (layer.box and layer.weight is not None):
+            inputs = (self.joined(inputs),)
+            if layer.down:
+                inputs = (self.filter(inputs[0], layer, _f_pad(layer)),)
+        source, bias = inputs[0], layer.bias
         if layer.weight is not None:  # a 1×1 convolution and upsampling commute, and the convolution is cheaper first
             offset = self.offset(inputs)
             if offset is not None:
@@ -400,41 +400,3 @@ def _sum(*terms: Tensor | None) -> Tensor | None:
     """Of vectors, in float64; None where there are none."""
     given = [t.detach().double() for t in terms if t is not None]
     return sum(given[1:], given[0]) if given else None
-
-
-def fuse_joins(program: Program) -> Program:
-    """The program with each residual join done by the norm that follows it, where convolutions are a library's.
-
-    A convolution (or filter) with a residual whose output goes next into a norm of its own becomes the bare
-    convolution and a `JoinNorm`, which adds bias and residual on the way.
-    """
-    operations: list[Operation] = []
-    buffers = list(program.buffers)
-    for operation in program.operations:
-        last = operations[-1] if operations else None
-        if (
-            isinstance(operation, Norm)
-            and isinstance(last, Convolution | Filter)
-            and last.residual is not None
-            and not (isinstance(last, Convolution) and (last.residual_up or last.residual_scale != 1))
-            and operation.inputs == (last.output,)
-            and (operation.emb, operation.scale, operation.shift, operation.input_bias) == (None,) * 4
-        ):
-            bare = len(buffers)
-            buffers.append(buffers[last.output])
-            operations[-1] = replace(last, output=bare, bias=None, residual=None, scale=1.0)
-            operation = JoinNorm(
-                input=bare,
-                skip=last.residual,
-                sum=last.output,
-                output=operation.output,
-                skip_scale=last.scale,
-                join_bias=last.bias,
-                groups=operation.groups,
-                eps=operation.eps,
-                weight=operation.weight,
-                bias=operation.bias,
-                silu=operation.silu,
-            )
-        operations.append(operation)
-    return replace(program, operations=tuple(operations), buffers=tuple(buffers))

@@ -111,6 +111,7 @@ class Conditioning:
     Attributes:
         coefficients: (n, 3) float32 (float64 for a float64 network) on the CPU, c_skip, c_out and c_in of each level.
         device_coefficients: the same on the device.
+        c_noise: (n,) noise labels on the device.
         table: (n, K, width) on the device, K = 1 without classes, else a row a class and, last, one of no class;
             None where it would be larger than 64 MiB and `rows` computes what it is asked for.
     """
@@ -123,13 +124,14 @@ class Conditioning:
         n, classes, width = len(levels), conditioner.label_dim + 1, conditioner.weight.shape[0]
         fits = n * classes * width * conditioner.weight.element_size() <= _TABLE_BYTES
         with torch.inference_mode(False), torch.no_grad():
-            self.coefficients, embedding = self._compute()
+            self.coefficients, c_noise, embedding = self._compute()
+            self.c_noise = c_noise.to(conditioner.device)
             self.device_coefficients = self.coefficients.to(conditioner.device)
             self._held = conditioner.affines(embedding) if fits else embedding
             self.table = self._held if fits else None
 
-    def _compute(self) -> tuple[Tensor, Tensor]:
-        """Coefficients, and the embedding (n, K, emb_channels)."""
+    def _compute(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Coefficients (n, 3), noise labels (n,), and the embedding (n, K, emb_channels)."""
         c, n, classes = self._conditioner, len(self.levels), self._conditioner.label_dim + 1
         sigma = torch.tensor(self.levels, dtype=c.wide)
         *coefficients, c_noise = c.coefficients(sigma)
@@ -137,12 +139,12 @@ class Conditioning:
         if c.label_dim:  # the last row of zeros is "no class"
             labels = torch.eye(classes, c.label_dim, dtype=c.wide, device=c.device).repeat(n, 1)
         embedding = c.embedding(c_noise.repeat_interleave(classes), labels)
-        return torch.stack(coefficients, dim=1), embedding.reshape(n, classes, -1)
+        return torch.stack(coefficients, dim=1), c_noise, embedding.reshape(n, classes, -1)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Compute anew, in place, from the conditioner's present parameters."""
-        _, embedding = self._compute()
+        *_, embedding = self._compute()
         self._held.copy_(embedding if self.table is None else self._conditioner.affines(embedding))
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,8 +17,9 @@ from ..errors import SignFastError
 from ..models.idempotent import IdempotentPrecond
 from ..models.precond import INNER_DTYPES, Precond
 from . import reference
-from .build import build, fuse_joins, release
+from .build import build, release
 from .conditioning import Conditioner, Conditioning
+from .fuse import fuse_joins
 from .launches import LaunchCounter
 from .native import native_program
 
@@ -44,13 +46,13 @@ class OptimizedNet(nn.Module):
         self.sigma_min = net.sigma_min
         self.sigma_max = net.sigma_max
         self.dtype = dtype
+        self._shapes = {name: tuple(p.shape) for name, p in net.state_dict().items()}
         self.conditioner = Conditioner(net, dtype, consume)
         self.program = build(net, dtype, consume=consume)
         for i, constant in enumerate(self.program.constants):
             self.register_buffer(f"constant{i}", constant)
         self._unfused = self.program
         self._meta = tuple(torch.empty_like(constant, device="meta") for constant in self.program.constants)
-        self._shapes = {name: tuple(p.shape) for name, p in net.state_dict().items()}
         if consume:
             release(*net.parameters())
         self.requires_grad_(False).eval()
@@ -63,6 +65,7 @@ class OptimizedNet(nn.Module):
         self._unfused = replace(self._unfused, constants=constants)
         self.program = fuse_joins(self._unfused) if self.device.type == "cuda" else self._unfused
         self.native: Any | None = native_program(self.program, self.device, self.dtype, self._lean)
+        self._lock = threading.Lock()
         self._cache: OrderedDict[tuple[float, ...], Conditioning] = OrderedDict()
         self._live: WeakSet[Conditioning] = WeakSet()
 
@@ -82,25 +85,27 @@ class OptimizedNet(nn.Module):
         Args:
             levels: noise levels σ.
         """
-        found = self._cache.get(levels)
-        if found is None:
-            found = self._cache[levels] = Conditioning(self.conditioner, levels)
-            self._live.add(found)
+        with self._lock:
+            found = self._cache.get(levels)
+            if found is None:
+                found = self._cache[levels] = Conditioning(self.conditioner, levels)
+                self._live.add(found)
+            self._cache.move_to_end(levels)
             while len(self._cache) > 1 and (
                 len(self._cache) > _CACHED_CONDITIONINGS or sum(c.nbytes for c in self._cache.values()) > _CACHED_BYTES
             ):
                 self._cache.popitem(last=False)
-        self._cache.move_to_end(levels)
-        return found
+            return found
 
     def _condition(self, sigma: Tensor | float, labels: Tensor | None, like: Tensor) -> tuple[Tensor, ...]:
         """(c_skip, c_out, c_in) of one value or one an image each, and conditioning rows."""
         fixed = not isinstance(sigma, Tensor) or (sigma.numel() == 1 and sigma.device.type == "cpu")
-        if fixed and labels is None:
+        if fixed:
             # float32 first: the level that the plain network would see
             level = float(torch.as_tensor(sigma).to(self.conditioner.wide))
-            conditioning = self.conditioning((level,))
-            return (*conditioning.device_coefficients[0].split(1), conditioning.rows(0))
+            found = self.conditioning((level,))
+            rows = found.rows(0) if labels is None else self.conditioner.rows(found.c_noise, labels)
+            return (*found.device_coefficients[0].split(1), rows)
         sigma = torch.as_tensor(sigma, device=like.device).to(like.dtype).reshape(-1)
         *coefficients, c_noise = self.conditioner.coefficients(sigma)
         return (*coefficients, self.conditioner.rows(c_noise, labels))
@@ -228,7 +233,8 @@ class OptimizedNet(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_lean("copied")
-        return {name: value for name, value in self.__dict__.items() if name not in ("native", "_cache", "_live")}
+        made_by_start = ("native", "_lock", "_cache", "_live")
+        return {name: value for name, value in self.__dict__.items() if name not in made_by_start}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -237,6 +243,8 @@ class OptimizedNet(nn.Module):
 
 class OptimizedIdempotentNet(OptimizedNet):
     """The time-free student f(u) for inference; made by `optimize` from an `IdempotentPrecond`."""
+
+    time_free = True
 
     def __init__(self, net: IdempotentPrecond, dtype: torch.dtype, consume: bool = False, lean: bool = False) -> None:
         super().__init__(net, dtype, consume, lean)

@@ -24,6 +24,8 @@ class IdempotentPrecond(Precond):
         others: as in `EDMPrecond`. sigma_min and sigma_max are kept, but mean nothing to f.
     """
 
+    time_free = True
+
     def __init__(
         self,
         img_resolution: int,

@@ -156,9 +156,9 @@ class VPPrecond(Precond):
         self.beta_min = beta_min
         self.M = M
         self.epsilon_t = epsilon_t
-        # on the CPU, whatever the default: a network is loaded by way of the meta device
-        self.sigma_min = float(self.sigma(torch.tensor(epsilon_t, device="cpu")))
-        self.sigma_max = float(self.sigma(torch.tensor(1, device="cpu")))
+        with torch.device("cpu"):  # whatever the default: a network is loaded by way of the meta device
+            self.sigma_min = float(self.sigma(epsilon_t))
+            self.sigma_max = float(self.sigma(1))
 
     def sigma(self, t: Tensor | float) -> Tensor:
         """σ(t) = √(exp(½β_d t² + β_min t) − 1)."""

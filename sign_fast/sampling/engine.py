@@ -26,7 +26,7 @@ from .graphs import GraphKey, Graphs, generate_in_buckets
 from .loop import draw_ahead, run_plan
 from .noise import PhiloxNoise, SeededNoise
 from .plan import Plan
-from .requests import Output, Sampler, check_choices, is_time_free
+from .requests import Noise, Output, Sampler, check_choices, is_time_free
 from .students import few_step_plan, multistep_plan, one_step_plan, recursive_plan
 
 _PLANS_KEPT = 64
@@ -85,7 +85,7 @@ class Engine:
         *,
         dtype: torch.dtype | None = None,
         consume: bool = False,
-        noise: str = "torch",
+        noise: Noise = "torch",
         max_graphs: int = 16,
     ) -> None:
         check_choices(dtype, noise)
@@ -170,17 +170,13 @@ class Engine:
         return None if classes is None else nn.functional.one_hot(classes, self.label_dim).float()
 
     def _prepare(self, sampler: str, steps: int, options: Mapping[str, Any]) -> _Prepared:
-        values = {
-            name: tuple(v) if isinstance(v, Sequence) and not isinstance(v, str) else v for name, v in options.items()
-        }
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
         key = (sampler, steps, tuple(sorted(values.items())), self.device)
         prepared = self._plans.get(key)
         if prepared is None:
             plan = plan_of(self._net, sampler, steps, values)
-            levels, coefficients = (
-                torch.tensor(numbers, dtype=torch.float64).to(self.device)
-                for numbers in (plan.levels, plan.coefficients)
-            )
+            levels = torch.tensor(plan.levels, dtype=torch.float64).to(self.device)
+            coefficients = torch.tensor(plan.coefficients, dtype=torch.float64).to(self.device)
             prepared = self._plans[key] = _Prepared(plan, levels, coefficients)
             if len(self._plans) > _PLANS_KEPT:
                 self._plans.popitem(last=False)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import SignFastError
 from .engine import Engine
-from .requests import Labels, NetworkTraits, Output, Request, Sampler, check_choices, check_request
+from .requests import Labels, NetworkTraits, Noise, Output, Request, Sampler, check_choices, check_request
 from .transfer import Array, PinnedRing, Transfer, begin_transfer
 
 DEFAULT_STEPS = {"teacher": 18, "student": 1}
@@ -51,7 +51,7 @@ class ImageGenerator:
         role: str = "student",
         *,
         dtype: torch.dtype | None = None,
-        noise: str = "torch",
+        noise: Noise = "torch",
         consume: bool = False,
     ) -> None:
         if role not in DEFAULT_STEPS:
@@ -67,7 +67,7 @@ class ImageGenerator:
         path_or_name: str | os.PathLike[str],
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
-        noise: str = "torch",
+        noise: Noise = "torch",
     ) -> ImageGenerator:
         """A generator with the network of a folder or a bundled name.
 

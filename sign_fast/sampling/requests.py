@@ -23,6 +23,7 @@ from .students import few_step, multistep, one_step, recursive
 Sampler: TypeAlias = Callable[..., Tensor]
 Labels: TypeAlias = int | Sequence[int] | Tensor | None
 Output: TypeAlias = Literal["uint8", "float"]
+Noise: TypeAlias = Literal["torch", "philox"]
 
 DENOISER_SAMPLERS: dict[str, Sampler] = {
     "edm": edm_sampler,
@@ -106,7 +107,7 @@ def check_request(
     labels: Labels,
     output: str,
     options: dict[str, Any],
-    noise: Literal["torch", "philox"] = "torch",
+    noise: Noise = "torch",
 ) -> Request:
     """The request, or a SignFastError in one line that says what is wrong with it and how to mend it."""
     numbers = check_seeds(seeds, noise=noise)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from oracle import assert_close
 from sign_fast import models, optimize
 from sign_fast.errors import SignFastError
 from sign_fast.inference import conditioning
-from sign_fast.inference.build import fuse_joins
+from sign_fast.inference.fuse import fuse_joins
 from sign_fast.inference.program import JoinNorm
 
 TOLERANCE = 1e-5  # of the largest output, float32 (issue 4)
@@ -122,6 +123,8 @@ def test_consume(net, dtype):
     optimized = optimize(spent, dtype, consume=True)
     assert all(p.numel() == 0 for p in spent.parameters())
     assert torch.equal(optimized(x, sigma, labels), want)
+    optimized.update(net)
+    assert torch.equal(optimized(x, sigma, labels), want)
 
 
 @torch.no_grad()
@@ -142,6 +145,18 @@ def test_update_in_place(net, table, monkeypatch):
     assert optimized.conditioning((2.5,)) is held
     for arguments in ((2.5, None), (sigma, labels)):
         assert relative_error(optimized(x, *arguments), further(x, *arguments)) <= TOLERANCE
+
+
+def test_update_after_inference_mode(cond):
+    """What was cached in inference mode can be computed anew outside of it."""
+    x, sigma, labels = inputs(cond)
+    optimized = optimize(cond)
+    with torch.inference_mode():
+        want = optimized(x, 2.5)
+        optimized(x, sigma, labels)
+    optimized.update(network("ddpmpp-cond", seed=2))
+    optimized.update(cond)
+    assert torch.equal(optimized(x, 2.5), want)
 
 
 def test_update_refuses_another_structure(cond):
@@ -179,6 +194,22 @@ def test_nothing_waits_for_the_device(net):
         return  # for a level on the host it looks into its list, once
     rows = optimized.conditioning((0.5, 2.5)).rows(1, None if labels is None else labels.argmax(1))
     assert rows.shape == (1 if labels is None else 2, optimized.program.width)
+
+
+@torch.no_grad()
+def test_many_threads(cond):
+    """Levels come and go in the cache while others are computed."""
+    x, _, _ = inputs(cond)
+    optimized = optimize(cond)
+    levels = [1 + i / 100 for i in range(80)]
+    want = [optimized(x, level) for level in levels]
+
+    @torch.no_grad()
+    def run(offset):
+        return all(torch.equal(optimized(x, levels[i - offset]), want[i - offset]) for i in range(80))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, range(4)))
 
 
 def test_bad_calls(cond):

@@ -7,7 +7,8 @@ import torch
 
 from network_cases import NETWORKS, network
 from sign_fast import models
-from sign_fast.inference.build import build, fuse_joins
+from sign_fast.inference.build import build
+from sign_fast.inference.fuse import fuse_joins
 from sign_fast.inference.program import Attention, Convolution, Filter, JoinNorm, Norm, reads, writes
 
 
