@@ -13,8 +13,16 @@
 namespace sign_fast {
 namespace {
 
-constexpr int64_t kCopyGrain = 16'384;  // floats a thread copies at least
 constexpr int64_t kChunk = 32;          // pixels of an item
+
+// By shape alone, so that an image does not depend on its batch. Few input channels do not pay for the transforms.
+// Upsampled inputs leave F(2×2) 9 products a tile, as many a pixel as F(4×4) has. Of images smaller than a tile of 4×4
+// most would be padding, and where zeros cancel the error of F(4×4) is too large.
+Algorithm choose(const ConvolutionShape& shape) {
+  if (shape.kernel == 1 || shape.channels[0] + shape.channels[1] < 8) return Algorithm::Direct;
+  const bool small = shape.height < 4 || shape.width < 4;
+  return small || shape.resampling == Resampling::Up ? Algorithm::Winograd2 : Algorithm::Winograd4;
+}
 
 }  // namespace
 
@@ -54,8 +62,10 @@ PackedConvolution::PackedConvolution(const float* weight, const float* bias, con
   const bool even = shape.height % 2 == 0 && shape.width % 2 == 0;
   TORCH_CHECK(even || shape.resampling != Resampling::Up, "an upsampled image has even sides");
   const bool phases = shape.kernel == 3 && shape.resampling == Resampling::Up;
-  if (algorithm == Algorithm::Automatic) algorithm_ = phases ? Algorithm::Phases : Algorithm::Direct;
+  if (algorithm == Algorithm::Automatic) algorithm_ = choose(shape);
   TORCH_CHECK(shape.kernel == 3 || !winograd(), "Winograd convolutions are 3×3");
+  TORCH_CHECK(shape.resampling != Resampling::Up || algorithm_ != Algorithm::Winograd4,
+              "upsampled inputs take winograd2: its products are as few and its error is smaller");
   TORCH_CHECK(phases || algorithm_ != Algorithm::Phases, "phases are those of a 3×3 convolution after upsampling");
 
   bias_ = AlignedFloats(vectors_ * vector_size());

@@ -14,6 +14,7 @@ namespace {
 constexpr int64_t kLine = 64;          // bytes of a cache line
 constexpr int64_t kAlone = 2'000'000;  // multiplications below which a second thread does not pay
 constexpr int64_t kGrain = 250'000;    // multiplications a thread takes at least
+constexpr int64_t kCopyGrain = 16'384;  // floats a thread copies at least
 
 // floats of a vector, as the kernels of this CPU have it
 inline int64_t vector_size() {

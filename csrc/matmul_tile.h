@@ -19,11 +19,13 @@ constexpr int64_t ROWS = 4;
 #endif
 
 // Products that a sum takes before it is set aside: bounds the rounding, as blocked summation does.
-constexpr int64_t DEPTH = 256;
+constexpr int64_t DEPTH = 32;
 
-template <int64_t NV, int64_t ROWS = sign_fast::ROWS>
+// OWN: each row has its own right operand, `apart` floats after the one before.
+template <int64_t NV, int64_t ROWS = sign_fast::ROWS, bool OWN = false>
 struct Tile {
   Vec sum[ROWS][NV];
+  int64_t apart = 0;
 
   Tile() { clear(); }
 
@@ -76,11 +78,12 @@ struct Tile {
     for_each([&](int64_t r, int64_t n) { s[r][n] = sum[r][n]; });
     for (int64_t k = 0; k < length; ++k, w += step) {
       Vec right[NV];
-#pragma GCC unroll 3
-      for (int64_t n = 0; n < NV; ++n) right[n] = Vec::loadu(w + n * V);
 #pragma GCC unroll 8
       for (int64_t r = 0; r < ROWS; ++r) {
         const Vec left(x[r][k]);
+        if (OWN || r == 0)
+#pragma GCC unroll 3
+          for (int64_t n = 0; n < NV; ++n) right[n] = Vec::loadu(w + r * apart + n * V);
 #pragma GCC unroll 3
         for (int64_t n = 0; n < NV; ++n) s[r][n] = at::vec::fmadd(left, right[n], s[r][n]);
       }

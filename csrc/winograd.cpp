@@ -2,7 +2,6 @@
 #include "winograd.h"
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "convolution.h"
 #include "launch.h"
@@ -10,15 +9,13 @@
 namespace sign_fast {
 namespace {
 
-constexpr int64_t kTransformed = 1 << 17;  // weights of up to so many floats are kept transformed
+constexpr int64_t kTransformed = 1 << 18;  // weights of up to so many floats are kept transformed
 constexpr int64_t kTileGrain = 64;         // tiles · channels/16 whose inputs a thread transforms at least
 
 int64_t side_of(Algorithm algorithm) { return algorithm == Algorithm::Winograd2 ? 2 : 4; }
 
 // Tiles at work at a time: their transformed inputs and products stay in the cache. The same for any number of threads.
-int64_t tiles_at_work(int64_t m, int64_t tiles) { 
-  static const int64_t o = getenv("TS") ? atoi(getenv("TS")) : 64;
-  return std::min<int64_t>(tiles, m == 2 ? 2*o : o); }
+int64_t tiles_at_work(int64_t m, int64_t tiles) { return std::min<int64_t>(tiles, m == 2 ? 128 : 64); }
 
 }  // namespace
 
@@ -72,7 +69,7 @@ void PackedConvolution::run_winograd(const ConvolutionArgs& args, float* workspa
   if (const int64_t size = scratch(args.batch); size > 0) {  // the mean of 2×2 is taken first
     const CopyTask source{{args.x[0], args.x[1]}, {shape_.channels[0], shape_.channels[1]}, args.batch, shape_.height,
                           shape_.width, 0, false, true, workspace};
-    launch(source.items(), size, 2 * kGrain, kGrain,
+    launch(source.items(), size, 2 * kCopyGrain, kCopyGrain,
            [&](int64_t begin, int64_t end) { copy(source, begin, end); });
     task.x[0] = workspace;
     task.channels[0] = in_channels(), task.channels[1] = 0;

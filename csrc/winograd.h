@@ -7,8 +7,8 @@
 namespace sign_fast {
 namespace {
 
-// Points of F(4×4): 0, ±3/4, ±3/2, ∞. Exact in float32, and of a third of the error that 0, ±1, ±2, ∞ have.
-constexpr double kPoint1 = 0.75, kPoint2 = 1.5;
+// Points of F(4×4): 0, ±11/16, ±3/2, ∞. Exact in float32, and of a third of the error that 0, ±1, ±2, ∞ have.
+constexpr double kPoint1 = 0.6875, kPoint2 = 1.5;
 
 // G (m + 2, 3): what a filter is multiplied with from both sides.
 inline double filter_coefficient(int64_t m, int64_t i, int64_t k) {

@@ -153,6 +153,22 @@ void product(const float* x, const float* w, float* y, int64_t tiles, int64_t de
   }
 }
 
+// One tile alone: the products of half a row of Bᵀ·d·B together, as one row leaves the multipliers waiting.
+template <int64_t NV, int64_t R>
+inline void product_alone(const float* x, int64_t x_apart, const float* w, int64_t w_apart, float* y, int64_t y_apart,
+                          int64_t depth) {
+  const float* rows[R];
+  for (int64_t r = 0; r < R; ++r) rows[r] = x + r * x_apart;
+  Tile<NV, R, true> tile;
+  tile.apart = w_apart;
+  tile.add(rows, w, depth, NV * V, depth);
+  tile.finish();
+#pragma GCC unroll 3
+  for (int64_t r = 0; r < R; ++r)
+#pragma GCC unroll 3
+    for (int64_t n = 0; n < NV; ++n) tile.sum[r][n].store(y + r * y_apart + n * V);
+}
+
 template <int M, bool UP, int64_t NV>
 void output_tiles(const WinogradTask& t, const float* products, int64_t stride, int64_t first_vector) {
   constexpr int N = M + 2;
@@ -210,10 +226,18 @@ void outputs(const WinogradTask& t, int64_t begin, int64_t end, float* scratch) 
       for (int64_t row = 0; row < N; ++row) {
         if (UP && row == 2) continue;
         if (!t.transformed) filter_row<M>(weights, row, depth, step, filters);
+        const float* row_filters = t.transformed ? weights + row * N * depth * step : filters;
+        if (t.tiles == 1) {
+          for (int64_t column = 0; column < N; column += N / 2)
+            product_alone<vectors, N / 2>(t.inputs + (row * N + column) * t.stride, t.stride,
+                                          row_filters + column * depth * step, depth * step,
+                                          scratch + (row * N + column) * stride, stride, depth);
+          continue;
+        }
         for (int64_t column = 0; column < N; ++column) {
           if (UP && column == 2) continue;
           const int64_t k = row * N + column;
-          const float* filter = t.transformed ? weights + k * depth * step : filters + column * depth * step;
+          const float* filter = row_filters + column * depth * step;
           product<vectors>(t.inputs + k * t.stride, filter, scratch + k * stride, t.tiles, depth);
         }
       }
