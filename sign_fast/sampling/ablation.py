@@ -76,7 +76,7 @@ def discretize(
     if discretization == "iddpm":
         levels = [u for u in iddpm_noise_levels(M, C_1, C_2) if sigma_min <= u <= sigma_max]
         return [levels[round((len(levels) - 1) / last * i)] for i in range(num_steps)]
-    return [float(s) for s in karras_sigmas(num_steps, sigma_min, sigma_max, rho)]
+    return karras_sigmas(num_steps, sigma_min, sigma_max, rho).tolist()
 
 
 def ablation_plan(
@@ -138,13 +138,13 @@ def ablation_plan(
     def s_derivative(t: float) -> float:
         return -chosen.sigma(t) * chosen.derivative(t) * s(t) ** 3 if scaled else 0.0
 
-    def rounded(sigma: float) -> float:
-        return float(round_sigma(torch.tensor(sigma, dtype=torch.float64)))
+    def times(sigmas: list[float]) -> list[float]:
+        return [chosen.inverse(sigma) for sigma in round_sigma(torch.tensor(sigmas, dtype=torch.float64)).tolist()]
 
     sigmas = discretize(discretization, num_steps, sigma_min, sigma_max, rho, vp, epsilon_s, C_1, C_2, M)
-    t = [chosen.inverse(rounded(sigma)) for sigma in sigmas] + [0.0]
-    gammas = [churn(chosen.sigma(u), num_steps, S_churn, S_min, S_max) for u in t[:-1]]
-    t_hat = [chosen.inverse(rounded(chosen.sigma(u) * (1 + g))) for u, g in zip(t, gammas, strict=False)]
+    t = [*times(sigmas), 0.0]
+    reached = [chosen.sigma(u) for u in t[:-1]]
+    t_hat = times([sigma * (1 + churn(sigma, num_steps, S_churn, S_min, S_max)) for sigma in reached])
 
     def slope(u: float) -> tuple[float, float]:
         """(a, b) with dx/dt = s·(a·z − b·D(z; σ)) at time u (EDM, Algorithm 1, line 4)."""
