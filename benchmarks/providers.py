@@ -55,7 +55,7 @@ def build_network(case: Case) -> Any:
     net = models.create(case.preset).eval().requires_grad_(False)
     for p in net.parameters():
         if p.ndim > 1:
-            p.copy_(torch.randn(p.shape, generator=generator) / p[0].numel() ** 0.5)
+            p.normal_(generator=generator).div_(p[0].numel() ** 0.5)  # in place: peak memory is measured
         else:
             p.add_(0.1 * torch.randn(p.shape, generator=generator))
     return net.to(case.device)

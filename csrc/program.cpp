@@ -1,4 +1,5 @@
 // From the Python description of a program to C++, and its pybind11 class.
+#include "memory.h"
 #include "program.h"
 
 #include <pybind11/pybind11.h>
@@ -106,6 +107,7 @@ std::vector<std::vector<int64_t>> ProgramData::last_uses() const {
 }
 
 void bind_program(py::module_& m) {
+  m.def("return_freed_memory", return_freed_memory, "Hand what malloc keeps unused back to the system.");
   py::class_<Executor, std::shared_ptr<Executor>>(m, "Program", "A network without Python; see sign_fast.inference.")
       .def(py::init(&make), py::arg("program"), py::arg("native"), py::arg("dtype"), py::arg("consume"))
       .def("run", &Executor::run, py::arg("x"), py::arg("rows"), py::call_guard<py::gil_scoped_release>())

@@ -9,6 +9,7 @@
 
 #include "attention.h"
 #include "group_norm_silu.h"
+#include "memory.h"
 #include "program.h"
 #include "program_filter.h"
 
@@ -131,6 +132,7 @@ class NativeExecutor final : public Executor {
   int64_t output_, width_;
   std::vector<Tensor> constants_;
   std::vector<Native> operations_;
+  FreedMemory freed_;
   mutable std::mutex mutex_;
   Scratch spare_;  // of the last run: another batch size, or a second thread, brings its own
 
@@ -155,7 +157,11 @@ class NativeExecutor final : public Executor {
         const Tensor bias = o->bias == kNone ? Tensor() : constants[o->bias].contiguous();
         native.convolution = std::make_unique<PackedConvolution>(
             weight.const_data_ptr<float>(), bias.defined() ? bias.const_data_ptr<float>() : nullptr, shape);
-        if (consume) constants[o->weight].set_data(at::empty({0}, weight.options()));
+        if (consume) {
+          const auto bytes = static_cast<int64_t>(weight.nbytes());
+          constants[o->weight].set_data(at::empty({0}, weight.options()));
+          freed_.add(bytes);
+        }
       } else {
         keep(o->weight), keep(o->bias);
       }

@@ -12,6 +12,7 @@ from ..models.precond import Precond
 from ..models.unet_block import UNetBlock
 from ..models.unets import DhariwalUNet, SongUNet
 from ..nn import Conv2d, GroupNorm
+from .memory import Release
 from .program import Attention, Buffer, Columns, Convolution, Filter, Norm, Operation, Program, Resampling
 
 
@@ -53,13 +54,6 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def release(*parameters: Tensor | None) -> None:
-    """Free the memory of parameters that will not be used again."""
-    for p in parameters:
-        if p is not None:
-            p.data = p.data.new_empty(0)
-
-
 class _Builder:
     def __init__(self, net: Precond, dtype: torch.dtype, into: Sequence[Tensor] | None, consume: bool) -> None:
         size = net.img_resolution
@@ -68,6 +62,7 @@ class _Builder:
         self.wide = wide_dtype(dtype)
         self.into = into
         self.consume = consume
+        self.release = Release()
         self.columns = affine_columns(net.model)
         self.buffers = [Buffer(net.img_channels, size, size)]
         self.operations: list[Operation] = []
@@ -107,7 +102,7 @@ class _Builder:
     def done(self, *modules: nn.Module | None) -> None:
         """The parameters of these modules are folded."""
         if self.consume:
-            release(*(p for m in modules if m is not None for p in m.parameters(recurse=False)))
+            self.release(*(p for m in modules if m is not None for p in m.parameters(recurse=False)))
 
     # ---- operations ----
 

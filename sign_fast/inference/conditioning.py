@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..models.precond import Precond
-from .build import affine_columns, release, wide_dtype
+from .build import affine_columns, wide_dtype
+from .memory import Release
 
 _TABLE_BYTES = 64 * 2**20
 
@@ -40,6 +41,7 @@ class Conditioner(nn.Module):
     @torch.no_grad()
     def _fold(self, net: Precond, consume: bool = False) -> None:
         """The affines' weights and biases; where the embedding is added, with the bias of the convolution before it."""
+        release = Release()
         for block, c in affine_columns(net.model).items():
             affine = block.affine
             assert affine.bias is not None
@@ -96,6 +98,7 @@ def _without_blocks(net: Precond, consume: bool) -> Precond:
     shell._modules = {"model": model}
     shell = copy.deepcopy(shell).requires_grad_(False).eval()
     if consume:
+        release = Release()
         for layer in embedding.values():
             release(*layer.parameters())
     return shell

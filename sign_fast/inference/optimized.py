@@ -17,10 +17,11 @@ from ..errors import SignFastError
 from ..models.idempotent import IdempotentPrecond
 from ..models.precond import INNER_DTYPES, Precond
 from . import reference
-from .build import build, release
+from .build import build
 from .conditioning import Conditioner, Conditioning
 from .fuse import fuse_joins
 from .launches import LaunchCounter
+from .memory import Release
 from .native import native_program
 
 _CACHED_CONDITIONINGS = 64
@@ -54,7 +55,7 @@ class OptimizedNet(nn.Module):
         self._unfused = self.program
         self._meta = tuple(torch.empty_like(constant, device="meta") for constant in self.program.constants)
         if consume:
-            release(*net.parameters())
+            Release()(*net.parameters())
         self.requires_grad_(False).eval()
         self.register_load_state_dict_post_hook(_loaded)
         self._start()
