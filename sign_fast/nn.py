@@ -19,15 +19,15 @@ InitMode = Literal["xavier_uniform", "xavier_normal", "kaiming_uniform", "kaimin
 
 
 def _draw(shape: Sequence[int], mode: str, fan_in: int, fan_out: int) -> Tensor:
-    """One draw of the published initialisers (He et al. 2015; Glorot & Bengio 2010)."""
+    """One draw of the published initialisers (He et al. 2015; Glorot & Bengio 2010), in place: weights are large."""
     if mode == "xavier_uniform":
-        return math.sqrt(6 / (fan_in + fan_out)) * (torch.rand(*shape) * 2 - 1)
+        return torch.rand(*shape).mul_(2).sub_(1).mul_(math.sqrt(6 / (fan_in + fan_out)))
     if mode == "xavier_normal":
-        return math.sqrt(2 / (fan_in + fan_out)) * torch.randn(*shape)
+        return torch.randn(*shape).mul_(math.sqrt(2 / (fan_in + fan_out)))
     if mode == "kaiming_uniform":
-        return math.sqrt(3 / fan_in) * (torch.rand(*shape) * 2 - 1)
+        return torch.rand(*shape).mul_(2).sub_(1).mul_(math.sqrt(3 / fan_in))
     if mode == "kaiming_normal":
-        return math.sqrt(1 / fan_in) * torch.randn(*shape)
+        return torch.randn(*shape).mul_(math.sqrt(1 / fan_in))
     raise ValueError(f"init_mode {mode!r} is unknown: xavier_uniform, xavier_normal, kaiming_uniform, kaiming_normal")
 
 
@@ -55,8 +55,8 @@ class Linear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         fans = (init_mode, in_features, out_features)
-        self.weight = nn.Parameter(_draw([out_features, in_features], *fans) * init_weight)
-        self.bias = nn.Parameter(_draw([out_features], *fans) * init_bias) if bias else None
+        self.weight = nn.Parameter(_draw([out_features, in_features], *fans).mul_(init_weight))
+        self.bias = nn.Parameter(_draw([out_features], *fans).mul_(init_bias)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -109,8 +109,8 @@ class Conv2d(nn.Module):
         self.fused_resample = fused_resample
         fans = (init_mode, in_channels * kernel**2, out_channels * kernel**2)
         shape = [out_channels, in_channels, kernel, kernel]
-        self.weight = nn.Parameter(_draw(shape, *fans) * init_weight) if kernel else None
-        self.bias = nn.Parameter(_draw([out_channels], *fans) * init_bias) if kernel and bias else None
+        self.weight = nn.Parameter(_draw(shape, *fans).mul_(init_weight)) if kernel else None
+        self.bias = nn.Parameter(_draw([out_channels], *fans).mul_(init_bias)) if kernel and bias else None
         r = torch.as_tensor(resample_filter, dtype=torch.float32)
         f = torch.outer(r, r)[None, None] / r.sum() ** 2
         self.register_buffer("resample_filter", f if up or down else None)
