@@ -6,6 +6,8 @@
 namespace sign_fast {
 namespace {
 
+constexpr int64_t DIRECT_DEPTH = 128;  // products a sum takes before it joins the others
+
 // One item: `chunk` pixels of an image times one block of output channels.
 template <int64_t NV>
 void direct_item(const DirectTask& t, const float* weights, int64_t first_vector, int64_t b, int64_t phase,
@@ -26,10 +28,9 @@ void direct_item(const DirectTask& t, const float* weights, int64_t first_vector
         const int64_t pixel = p + std::min(r, count - 1);
         x[r] = base + segment.pixel * (t.input_index ? t.input_index[pixel] : pixel);
       }
-      tile.add(x, w, segment.length, NV * V, t.depth);
+      tile.add(x, w, segment.length, NV * V, DIRECT_DEPTH);
       w += segment.length * NV * V;
     }
-    tile.finish();
     for (int64_t copy = 0; copy < t.copies; ++copy) {
       const int32_t* to = t.output_index ? t.output_index + (phase + copy) * t.pixels : nullptr;
 #pragma GCC unroll 8

@@ -24,6 +24,14 @@ void PackedConvolution::pack_winograd(const float* weight) {
   transformed_ = side * side * in * vectors_ * size <= kTransformed;
   weights_ = AlignedFloats((transformed_ ? side * side : 9) * in * vectors_ * size);
   zeros_ = AlignedFloats(in);
+  const int64_t half = shape_.resampling == Resampling::Up ? 1 : 0;
+  for (int64_t row = 0; row < shape_.height; row += m)
+    for (int64_t column = 0; column < shape_.width; column += m)
+      for (int64_t y = row - 1; y <= row + m; ++y)
+        for (int64_t x = column - 1; x <= column + m; ++x) {
+          const bool inside = y >= 0 && y < shape_.height && x >= 0 && x < shape_.width;
+          input_index_.push_back(inside ? (y >> half) * (shape_.width >> half) + (x >> half) : -1);
+        }
   float* to = weights_.data();
   for (int64_t i = 0; i < block_count(vectors_); ++i) {
     const Block block = sign_fast::block(vectors_, i);
@@ -76,6 +84,7 @@ void PackedConvolution::run_winograd(const ConvolutionArgs& args, float* workspa
     workspace = align(workspace + size);
   }
   task.zeros = zeros_.data();
+  task.input_index = input_index_.data();
   task.height = shape_.height, task.width = shape_.width;
   task.up = shape_.resampling == Resampling::Up;
   task.weights = weights_.data(), task.transformed = transformed_;

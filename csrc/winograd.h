@@ -41,6 +41,7 @@ struct WinogradTask {
   const float* x[2];
   int64_t channels[2];
   const float* zeros;      // as many as the wider input has channels: what lies outside of the image
+  const int32_t* input_index;  // (tiles of an image, (m + 2)²): the pixel, or −1 outside of the image
   int64_t height, width;   // of the output
   bool up;                 // x is half as high and wide; tiles of 2: rows and columns 2 of Bᵀ·d·B vanish
   const float* weights;    // transformed: (block, (m + 2)², channels, vectors); else (block, channels, 9, vectors)
