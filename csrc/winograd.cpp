@@ -14,8 +14,12 @@ constexpr int64_t kTileGrain = 64;         // tiles · channels/16 whose inputs 
 
 int64_t side_of(Algorithm algorithm) { return algorithm == Algorithm::Winograd2 ? 2 : 4; }
 
-// Tiles at work at a time: their transformed inputs and products stay in the cache. The same for any number of threads.
-int64_t tiles_at_work(int64_t m, int64_t tiles) { return std::min<int64_t>(tiles, m == 2 ? 128 : 64); }
+// Tiles at work at a time: their transformed inputs and products stay in the cache. Where filters are transformed on
+// the way that work is shared by all of them; else there is a part for each thread, of whole rows of multiplications.
+int64_t tiles_at_work(int64_t m, int64_t tiles, int64_t threads, bool transformed) {
+  const int64_t most = std::min<int64_t>(tiles, m == 2 ? 128 : 64);
+  return transformed ? std::min(most, ((tiles + threads - 1) / threads + 7) / 8 * 8) : most;
+}
 
 }  // namespace
 
@@ -60,7 +64,7 @@ void PackedConvolution::pack_winograd(const float* weight) {
 int64_t PackedConvolution::winograd_workspace(int64_t batch, int threads) const {
   const int64_t m = side_of(algorithm_), side = m + 2;
   const int64_t all = batch * ((shape_.height + m - 1) / m) * ((shape_.width + m - 1) / m);
-  const int64_t tiles = tiles_at_work(m, all);
+  const int64_t tiles = tiles_at_work(m, all, threads, transformed_);
   const int64_t line = kLine / sizeof(float);
   const int64_t scratch = winograd_scratch(m, tiles, in_channels(), vector_size(), transformed_);
   return threads * (side * side * winograd_stride(tiles, in_channels()) + scratch + line);
@@ -78,7 +82,7 @@ void PackedConvolution::run_winograd(const ConvolutionArgs& args, float* workspa
     const CopyTask source{{args.x[0], args.x[1]}, {shape_.channels[0], shape_.channels[1]}, args.batch, shape_.height,
                           shape_.width, 0, false, true, workspace};
     launch(source.items(), size, 2 * kCopyGrain, kCopyGrain,
-           [&](int64_t begin, int64_t end) { copy(source, begin, end); });
+           [&](int64_t begin, int64_t end, int) { copy(source, begin, end); });
     task.x[0] = workspace;
     task.channels[0] = in_channels(), task.channels[1] = 0;
     workspace = align(workspace + size);
@@ -93,12 +97,13 @@ void PackedConvolution::run_winograd(const ConvolutionArgs& args, float* workspa
              shape_.height * shape_.width / (args.residual_up ? 4 : 1), args.scale, args.y,
              shape_.height * shape_.width, shape_.out_channels};
 
-  const int64_t tiles = args.batch * task.rows() * task.columns(), most = tiles_at_work(task.m, tiles);
+  const int64_t tiles = args.batch * task.rows() * task.columns(), threads = at::get_num_threads();
+  const int64_t most = tiles_at_work(task.m, tiles, threads, transformed_);
   const int64_t side = task.side(), in = in_channels();
   const int64_t input_size = side * side * winograd_stride(most, in);
   const int64_t line = kLine / sizeof(float);
   const int64_t scratch_size = (winograd_scratch(task.m, most, in, vector_size(), transformed_) + line - 1) / line * line;
-  const int64_t parts = (tiles + most - 1) / most, blocks = block_count(vectors_), threads = at::get_num_threads();
+  const int64_t parts = (tiles + most - 1) / most, blocks = block_count(vectors_);
   const int64_t work = side * side * in * vectors_ * vector_size();  // multiplications of a tile
   const auto part = [&](WinogradTask& of, int64_t i) {
     of.first = i * most;
@@ -106,9 +111,9 @@ void PackedConvolution::run_winograd(const ConvolutionArgs& args, float* workspa
     of.stride = winograd_stride(of.tiles, in);
   };
   if (parts >= threads || tiles * work < kAlone) {
-    launch(parts, tiles * work, kAlone, kGrain, [&](int64_t begin, int64_t end) {
+    launch(parts, tiles * work, kAlone, kGrain, [&](int64_t begin, int64_t end, int thread) {
       WinogradTask own = task;
-      own.inputs = workspace + (parts == 1 ? 0 : at::get_thread_num()) * (input_size + scratch_size);
+      own.inputs = workspace + thread * (input_size + scratch_size);
       for (int64_t i = begin; i < end; ++i) {
         part(own, i);
         inputs(own, 0, own.tiles);
@@ -121,9 +126,9 @@ void PackedConvolution::run_winograd(const ConvolutionArgs& args, float* workspa
   for (int64_t i = 0; i < parts; ++i) {
     part(task, i);
     launch(task.tiles, task.tiles * in * side * side, kTileGrain * side * side * 16, kTileGrain * side * side * 16,
-           [&](int64_t begin, int64_t end) { inputs(task, begin, end); });
-    launch(blocks, task.tiles * work, kAlone, kGrain, [&](int64_t begin, int64_t end) {
-      outputs(task, begin, end, workspace + input_size + at::get_thread_num() * scratch_size);
+           [&](int64_t begin, int64_t end, int) { inputs(task, begin, end); });
+    launch(blocks, task.tiles * work, kAlone, kGrain, [&](int64_t begin, int64_t end, int thread) {
+      outputs(task, begin, end, workspace + input_size + thread * scratch_size);
     });
   }
 }
