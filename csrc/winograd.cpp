@@ -21,6 +21,9 @@ int64_t tiles_at_work(int64_t m, int64_t tiles, int64_t threads, bool transforme
   return transformed ? std::min(most, ((tiles + threads - 1) / threads + 7) / 8 * 8) : most;
 }
 
+// Most vectors of a block: filters that are transformed on the way are to stay in the cache, with their products.
+int64_t block_vectors(bool transformed) { return transformed ? 3 : 2; }
+
 }  // namespace
 
 void PackedConvolution::pack_winograd(const float* weight) {
@@ -37,8 +40,9 @@ void PackedConvolution::pack_winograd(const float* weight) {
           input_index_.push_back(inside ? (y >> half) * (shape_.width >> half) + (x >> half) : -1);
         }
   float* to = weights_.data();
-  for (int64_t i = 0; i < block_count(vectors_); ++i) {
-    const Block block = sign_fast::block(vectors_, i);
+  const int64_t most = block_vectors(transformed_);
+  for (int64_t i = 0; i < block_count(vectors_, most); ++i) {
+    const Block block = sign_fast::block(vectors_, i, most);
     const int64_t width = block.vectors * size, first = block.first * size;
     const int64_t count = std::min(width, shape_.out_channels - first);
     for (int64_t c = 0; c < in; ++c)
@@ -93,6 +97,7 @@ void PackedConvolution::run_winograd(const ConvolutionArgs& args, float* workspa
   task.up = shape_.resampling == Resampling::Up;
   task.weights = weights_.data(), task.transformed = transformed_;
   task.vectors = vectors_;
+  task.block_vectors = block_vectors(transformed_);
   task.to = {bias_.data(), args.residual, args.residual_up ? residual_index_.data() : nullptr,
              shape_.height * shape_.width / (args.residual_up ? 4 : 1), args.scale, args.y,
              shape_.height * shape_.width, shape_.out_channels};
@@ -103,7 +108,7 @@ void PackedConvolution::run_winograd(const ConvolutionArgs& args, float* workspa
   const int64_t input_size = side * side * winograd_stride(most, in);
   const int64_t line = kLine / sizeof(float);
   const int64_t scratch_size = (winograd_scratch(task.m, most, in, vector_size(), transformed_) + line - 1) / line * line;
-  const int64_t parts = (tiles + most - 1) / most, blocks = block_count(vectors_);
+  const int64_t parts = (tiles + most - 1) / most, blocks = block_count(vectors_, task.block_vectors);
   const int64_t work = side * side * in * vectors_ * vector_size();  // multiplications of a tile
   const auto part = [&](WinogradTask& of, int64_t i) {
     of.first = i * most;

@@ -31,7 +31,7 @@ inline int64_t winograd_stride(int64_t tiles, int64_t channels) { return (tiles 
 // vector: floats of one
 inline int64_t winograd_scratch(int64_t m, int64_t tiles, int64_t depth, int64_t vector, bool transformed) {
   const int64_t side = m + 2, width = 3 * vector;
-  return side * side * winograd_stride(tiles, width) + (transformed ? 0 : side * depth * width);
+  return side * side * winograd_stride(tiles, width) + (transformed ? 0 : 2 * side * depth * width);
 }
 
 }  // namespace
@@ -47,6 +47,7 @@ struct WinogradTask {
   const float* weights;    // transformed: (block, (m + 2)², channels, vectors); else (block, channels, 9, vectors)
   bool transformed;
   int64_t vectors;         // of output channels
+  int64_t block_vectors;   // most of a block
   int64_t first, tiles;    // of all images' tiles, those at work
   float* inputs;           // ((m + 2)², stride)
   int64_t stride;

@@ -98,34 +98,46 @@ void inputs(const WinogradTask& t, int64_t begin, int64_t end) {
   }
 }
 
-// Row i of G·g·Gᵀ, for all channels of a block: to is (m + 2, channels, vectors).
+// Rows i and N − 1 (i = 0), or i and i + 1 (points ±p), of G·g·Gᵀ for all channels of a block: to is
+// (2, m + 2, channels, vectors). Two rows at a time read the filters half as often.
 template <int M>
-void filter_row(const float* g, int64_t i, int64_t depth, int64_t step, float* to) {
+void filter_rows(const float* g, int64_t i, int64_t depth, int64_t step, float* to) {
   constexpr int N = M + 2;
-  Vec left[3];
-  float right[N][3];
-  for (int64_t k = 0; k < 3; ++k) left[k] = Vec(static_cast<float>(filter_coefficient(M, i, k)));
+  float coefficient[N][3];
   for (int64_t j = 0; j < N; ++j)
-    for (int64_t k = 0; k < 3; ++k) right[j][k] = static_cast<float>(filter_coefficient(M, j, k));
+    for (int64_t k = 0; k < 3; ++k) coefficient[j][k] = static_cast<float>(filter_coefficient(M, j, k));
+  const float* own = coefficient[i];
+  const int64_t row = N * depth * step, column = depth * step;
   for (int64_t c = 0; c < depth; ++c, g += 9 * step, to += step)
     for (int64_t n = 0; n < step; n += V) {
-      Vec s[3], u[N];
+      Vectors<3> s[2];
 #pragma GCC unroll 3
       for (int64_t k = 0; k < 3; ++k) {
         const float* x = g + k * step + n;
-        s[k] = at::vec::fmadd(left[2], Vec::loadu(x + 6 * step),
-                              at::vec::fmadd(left[1], Vec::loadu(x + 3 * step), left[0] * Vec::loadu(x)));
+        if (i == 0) {
+          s[0].v[k] = Vec(own[0]) * Vec::loadu(x);
+          s[1].v[k] = Vec::loadu(x + 6 * step);
+        } else {
+          const Vec even = fma(own[2], Vec::loadu(x + 6 * step), Vec(own[0]) * Vec::loadu(x));
+          const Vec odd = Vec(own[1]) * Vec::loadu(x + 3 * step);
+          s[0].v[k] = even + odd;
+          s[1].v[k] = even - odd;
+        }
       }
-      u[0] = Vec(right[0][0]) * s[0];
 #pragma GCC unroll 2
-      for (int64_t j = 1; j < N - 1; j += 2) {  // points ±p
-        const Vec even = fma(right[j][2], s[2], Vec(right[j][0]) * s[0]), odd = Vec(right[j][1]) * s[1];
-        u[j] = even + odd;
-        u[j + 1] = even - odd;
+      for (int64_t r = 0; r < 2; ++r) {
+        const Vec* t = s[r].v;
+        float* y = to + r * row + n;
+        (Vec(coefficient[0][0]) * t[0]).store(y);
+#pragma GCC unroll 2
+        for (int64_t j = 1; j < N - 1; j += 2) {  // points ±p
+          const Vec even = fma(coefficient[j][2], t[2], Vec(coefficient[j][0]) * t[0]);
+          const Vec odd = Vec(coefficient[j][1]) * t[1];
+          (even + odd).store(y + j * column);
+          (even - odd).store(y + (j + 1) * column);
+        }
+        t[2].store(y + (N - 1) * column);
       }
-      u[N - 1] = s[2];
-#pragma GCC unroll 6
-      for (int64_t j = 0; j < N; ++j) u[j].store(to + j * depth * step + n);
     }
 }
 
@@ -217,17 +229,18 @@ template <int M, bool UP>
 void outputs(const WinogradTask& t, int64_t begin, int64_t end, float* scratch) {
   constexpr int N = M + 2;
   const int64_t depth = t.depth();
-  for (int64_t i = begin; i < end; ++i) {
-    const Block block = sign_fast::block(t.vectors, i);
+  for (int64_t item = begin; item < end; ++item) {
+    const Block block = sign_fast::block(t.vectors, item, t.block_vectors);
     const float* weights = t.weights + block.first * V * depth * (t.transformed ? N * N : 9);
     with_vectors(block.vectors, [&](auto vectors) {
       constexpr int64_t step = vectors * V;
       const int64_t stride = winograd_stride(t.tiles, step);
       float* filters = scratch + N * N * stride;
-      for (int64_t row = 0; row < N; ++row) {
+      for (int64_t i = 0; i < N; ++i) {
+        const int64_t row = i < 2 ? i * (N - 1) : i - 1;  // first and last, then the pairs
+        if (!t.transformed && i % 2 == 0) filter_rows<M>(weights, row, depth, step, filters);
         if (UP && row == 2) continue;
-        if (!t.transformed) filter_row<M>(weights, row, depth, step, filters);
-        const float* row_filters = t.transformed ? weights + row * N * depth * step : filters;
+        const float* row_filters = t.transformed ? weights + row * N * depth * step : filters + i % 2 * N * depth * step;
         if (t.tiles == 1) {
           for (int64_t column = 0; column < N; column += N / 2)
             product_alone<vectors, N / 2>(t.inputs + (row * N + column) * t.stride, t.stride,
