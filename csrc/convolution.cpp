@@ -124,8 +124,8 @@ int64_t PackedConvolution::workspace(int64_t batch, int threads) const {
 }
 
 int64_t PackedConvolution::bytes() const {
-  const size_t indices = input_index_.size() + output_index_.size() + residual_index_.size();
-  return static_cast<int64_t>(sizeof(float) * (weights_.size() + bias_.size() + zeros_.size()) + sizeof(int32_t) * indices);
+  const int64_t indices = input_index_.size() + output_index_.size() + residual_index_.size();
+  return (weights_.size() + bias_.size() + zeros_.size() + indices) * 4;
 }
 
 void PackedConvolution::run(const ConvolutionArgs& args, float* workspace) const {

@@ -39,9 +39,10 @@ void direct_item(const DirectTask& t, const float* weights, int64_t first_vector
         const int64_t out = to ? to[p + r] : p + r;
         float* y = t.to.y + (b * t.to.pixels + out) * t.to.channels + first;
         const float* residual = nullptr;
-        if (t.to.residual)
-          residual = t.to.residual + first +
-                     (b * t.to.residual_pixels + (t.to.residual_index ? t.to.residual_index[out] : out)) * t.to.channels;
+        if (t.to.residual) {
+          const int64_t pixel = t.to.residual_index ? t.to.residual_index[out] : out;
+          residual = t.to.residual + (b * t.to.residual_pixels + pixel) * t.to.channels + first;
+        }
 #pragma GCC unroll 3
         for (int64_t n = 0; n < NV; ++n) {
           Vec sum = tile.sum[r][n] + Vec::loadu(t.to.bias + first + n * V);

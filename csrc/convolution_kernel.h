@@ -9,8 +9,8 @@
 namespace sign_fast {
 namespace {
 
-// Output channels are cut into blocks of at most `most` vectors: with 3, as many accumulators as a tile of pixels leaves
-// room for, with 2 fewer weights at a time.
+// Output channels are cut into blocks of at most `most` vectors: 3 are as many accumulators as a tile of pixels leaves
+// room for, 2 have fewer weights at a time.
 struct Block {
   int64_t first, vectors;
 };

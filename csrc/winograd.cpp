@@ -82,7 +82,7 @@ void PackedConvolution::run_winograd(const ConvolutionArgs& args, float* workspa
   task.m = side_of(algorithm_);
   task.x[0] = args.x[0], task.x[1] = args.x[1];
   task.channels[0] = shape_.channels[0], task.channels[1] = shape_.channels[1];
-  if (const int64_t size = scratch(args.batch); size > 0) {  // the mean of 2×2 is taken first
+  if (const int64_t size = this->scratch(args.batch); size > 0) {  // the mean of 2×2 is taken first
     const CopyTask source{{args.x[0], args.x[1]}, {shape_.channels[0], shape_.channels[1]}, args.batch, shape_.height,
                           shape_.width, 0, false, true, workspace};
     launch(source.items(), size, 2 * kCopyGrain, kCopyGrain,
@@ -107,7 +107,8 @@ void PackedConvolution::run_winograd(const ConvolutionArgs& args, float* workspa
   const int64_t side = task.side(), in = in_channels();
   const int64_t input_size = side * side * winograd_stride(most, in);
   const int64_t line = kLine / sizeof(float);
-  const int64_t scratch_size = (winograd_scratch(task.m, most, in, vector_size(), transformed_) + line - 1) / line * line;
+  const int64_t scratch = winograd_scratch(task.m, most, in, vector_size(), transformed_);
+  const int64_t scratch_size = (scratch + line - 1) / line * line;
   const int64_t parts = (tiles + most - 1) / most, blocks = block_count(vectors_, task.block_vectors);
   const int64_t work = side * side * in * vectors_ * vector_size();  // multiplications of a tile
   const auto part = [&](WinogradTask& of, int64_t i) {

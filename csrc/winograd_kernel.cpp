@@ -240,18 +240,18 @@ void outputs(const WinogradTask& t, int64_t begin, int64_t end, float* scratch) 
         const int64_t row = i < 2 ? i * (N - 1) : i - 1;  // first and last, then the pairs
         if (!t.transformed && i % 2 == 0) filter_rows<M>(weights, row, depth, step, filters);
         if (UP && row == 2) continue;
-        const float* row_filters = t.transformed ? weights + row * N * depth * step : filters + i % 2 * N * depth * step;
+        const float* own = t.transformed ? weights + row * N * depth * step : filters + i % 2 * N * depth * step;
         if (t.tiles == 1) {
           for (int64_t column = 0; column < N; column += N / 2)
             product_alone<vectors, N / 2>(t.inputs + (row * N + column) * t.stride, t.stride,
-                                          row_filters + column * depth * step, depth * step,
+                                          own + column * depth * step, depth * step,
                                           scratch + (row * N + column) * stride, stride, depth);
           continue;
         }
         for (int64_t column = 0; column < N; ++column) {
           if (UP && column == 2) continue;
           const int64_t k = row * N + column;
-          const float* filter = row_filters + column * depth * step;
+          const float* filter = own + column * depth * step;
           product<vectors>(t.inputs + k * t.stride, filter, scratch + k * stride, t.tiles, depth);
         }
       }
