@@ -34,8 +34,8 @@ void attention(const float* qkv, int64_t batch, int64_t tokens, int64_t heads, i
   float* aligned = align(workspace);
   const int64_t items = task.items(), work = 2 * batch * heads * tokens * tokens * head_channels;
   const int64_t size = scratch(tokens, head_channels);
-  launch(items, work, kAlone, kGrain, [&](int64_t begin, int64_t end) {
-    kernel(task, begin, end, aligned + at::get_thread_num() * size);
+  launch(items, work, kAlone, kGrain, [&](int64_t begin, int64_t end, int thread) {
+    kernel(task, begin, end, aligned + thread * size);
   });
 }
 

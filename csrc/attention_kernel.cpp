@@ -76,13 +76,12 @@ void queries(const AttentionTask& t, const float* q, float* y, int64_t begin, in
     for (int64_t i = 0; i < block_count(width / V); ++i) {
       const Block block = sign_fast::block(width / V, i);
       with_vectors(block.vectors, [&](auto vectors) {
-        Tile<vectors> tile;
-        tile.add(x, w, t.channels, vectors * V, t.channels);
-        tile.finish();
+        multiply<vectors, ROWS>(x, w, t.channels, [&](const auto& sum) {
 #pragma GCC unroll 8
-        for (int64_t r = 0; r < ROWS; ++r)
+          for (int64_t r = 0; r < ROWS; ++r)
 #pragma GCC unroll 3
-          for (int64_t n = 0; n < vectors; ++n) tile.sum[r][n].store(scores + r * width + (block.first + n) * V);
+            for (int64_t n = 0; n < vectors; ++n) sum[r][n].store(scores + r * width + (block.first + n) * V);
+        });
       });
       w += t.channels * block.vectors * V;
     }
@@ -96,18 +95,17 @@ void queries(const AttentionTask& t, const float* q, float* y, int64_t begin, in
     for (int64_t i = 0; i < block_count(vectors_out); ++i) {
       const Block block = sign_fast::block(vectors_out, i);
       with_vectors(block.vectors, [&](auto vectors) {
-        Tile<vectors> tile;
-        tile.add(x, w, t.tokens, vectors * V, t.tokens);
-        tile.finish();
+        multiply<vectors, ROWS>(x, w, t.tokens, [&](const auto& sum) {
 #pragma GCC unroll 8
-        for (int64_t r = 0; r < ROWS; ++r) {
-          if (r >= count) break;
+          for (int64_t r = 0; r < ROWS; ++r) {
+            if (r >= count) break;
 #pragma GCC unroll 3
-          for (int64_t n = 0; n < vectors; ++n) {
-            const int64_t c = (block.first + n) * V;
-            store(y + (first + r) * out + c, tile.sum[r][n] * Vec(factor[r]), t.channels - c);
+            for (int64_t n = 0; n < vectors; ++n) {
+              const int64_t c = (block.first + n) * V;
+              store(y + (first + r) * out + c, sum[r][n] * Vec(factor[r]), t.channels - c);
+            }
           }
-        }
+        });
       });
       w += t.tokens * block.vectors * V;
     }

@@ -124,8 +124,8 @@ int64_t PackedConvolution::workspace(int64_t batch, int threads) const {
 }
 
 int64_t PackedConvolution::bytes() const {
-  const size_t indices = input_index_.size() + output_index_.size() + residual_index_.size();
-  return static_cast<int64_t>(sizeof(float) * (weights_.size() + bias_.size() + zeros_.size()) + sizeof(int32_t) * indices);
+  const int64_t indices = input_index_.size() + output_index_.size() + residual_index_.size();
+  return (weights_.size() + bias_.size() + zeros_.size() + indices) * 4;
 }
 
 void PackedConvolution::run(const ConvolutionArgs& args, float* workspace) const {
@@ -147,7 +147,7 @@ void PackedConvolution::run_direct(const ConvolutionArgs& args, float* copied) c
                     up && !low, down, copied};
     const int64_t size = scratch(args.batch);
     launch(source.items(), size, 2 * kCopyGrain, kCopyGrain,
-           [&](int64_t begin, int64_t end) { copy(source, begin, end); });
+           [&](int64_t begin, int64_t end, int) { copy(source, begin, end); });
     const int64_t row = (width + 2 * border) * in, taps = phases ? 2 : shape_.kernel;
     for (int64_t s = 0; s < taps; ++s)  // the taps of a row lie next to each other
       task.segments[s] = {copied + s * row, (height + 2 * border) * row, in, taps * in};
@@ -171,7 +171,7 @@ void PackedConvolution::run_direct(const ConvolutionArgs& args, float* copied) c
              shape_.height * shape_.width / (args.residual_up ? 4 : 1), args.residual_scale, args.scale, args.y,
              shape_.height * shape_.width, shape_.out_channels};
   const int64_t work = args.batch * pixels * task.phases * task.depth * vectors_ * vector_size();
-  launch(task.items(), work, kAlone, kGrain, [&](int64_t begin, int64_t end) { direct(task, begin, end); });
+  launch(task.items(), work, kAlone, kGrain, [&](int64_t begin, int64_t end, int) { direct(task, begin, end); });
 }
 
 }  // namespace sign_fast

@@ -6,6 +6,8 @@
 namespace sign_fast {
 namespace {
 
+constexpr int64_t DIRECT_DEPTH = 128;  // products a sum takes before it joins the others
+
 // One item: `chunk` pixels of an image times one block of output channels.
 template <int64_t NV>
 void direct_item(const DirectTask& t, const float* weights, int64_t first_vector, int64_t b, int64_t phase,
@@ -26,10 +28,9 @@ void direct_item(const DirectTask& t, const float* weights, int64_t first_vector
         const int64_t pixel = p + std::min(r, count - 1);
         x[r] = base + segment.pixel * (t.input_index ? t.input_index[pixel] : pixel);
       }
-      tile.add(x, w, segment.length, NV * V, t.depth);
+      tile.add(x, w, segment.length, NV * V, DIRECT_DEPTH);
       w += segment.length * NV * V;
     }
-    tile.finish();
     for (int64_t copy = 0; copy < t.copies; ++copy) {
       const int32_t* to = t.output_index ? t.output_index + (phase + copy) * t.pixels : nullptr;
 #pragma GCC unroll 8
@@ -38,9 +39,10 @@ void direct_item(const DirectTask& t, const float* weights, int64_t first_vector
         const int64_t out = to ? to[p + r] : p + r;
         float* y = t.to.y + (b * t.to.pixels + out) * t.to.channels + first;
         const float* residual = nullptr;
-        if (t.to.residual)
-          residual = t.to.residual + first +
-                     (b * t.to.residual_pixels + (t.to.residual_index ? t.to.residual_index[out] : out)) * t.to.channels;
+        if (t.to.residual) {
+          const int64_t pixel = t.to.residual_index ? t.to.residual_index[out] : out;
+          residual = t.to.residual + (b * t.to.residual_pixels + pixel) * t.to.channels + first;
+        }
 #pragma GCC unroll 3
         for (int64_t n = 0; n < NV; ++n) {
           Vec sum = tile.sum[r][n] + Vec::loadu(t.to.bias + first + n * V);

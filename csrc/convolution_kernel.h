@@ -9,19 +9,19 @@
 namespace sign_fast {
 namespace {
 
-// Output channels are cut into blocks of at most 3 vectors, as many accumulators as a tile of pixels leaves room for.
+// Output channels are cut into blocks of at most `most` vectors: 3 are as many accumulators as a tile of pixels leaves
+// room for, 2 have fewer weights at a time.
 struct Block {
   int64_t first, vectors;
 };
 
-inline int64_t block_count(int64_t vectors) { return (vectors + 2) / 3; }
+inline int64_t block_count(int64_t vectors, int64_t most = 3) { return (vectors + most - 1) / most; }
 
-// blocks of 3, and where one vector would remain, two blocks of 2 in place of 3 + 1
-inline Block block(int64_t vectors, int64_t i) {
-  const int64_t blocks = block_count(vectors), missing = 3 * blocks - vectors;  // the last `missing` blocks have 2
-  if (vectors == 1) return {0, 1};
-  const int64_t full = blocks - missing;
-  return {3 * std::min(i, full) + 2 * std::max<int64_t>(i - full, 0), i < full ? 3 : 2};
+// Blocks of `most`, then those that have one vector less: 2 + 2 in place of 3 + 1.
+inline Block block(int64_t vectors, int64_t i, int64_t most = 3) {
+  const int64_t blocks = block_count(vectors, most), full = vectors - (most - 1) * blocks;
+  if (vectors < most) return {0, vectors};
+  return {(most - 1) * i + std::min(i, full), i < full ? most : most - 1};
 }
 
 }  // namespace

@@ -22,12 +22,13 @@ inline int64_t vector_size() {
   return size;
 }
 
-// kernel(begin, end) over all items: directly where a thread alone is as fast.
+// kernel(begin, end, thread) over all items: directly where a thread alone is as fast.
 template <typename Kernel>
 void launch(int64_t items, int64_t work, int64_t alone, int64_t grain, Kernel&& kernel) {
   if (items == 0) return;
-  if (work < alone || items == 1 || at::get_num_threads() == 1) return kernel(0, items);
-  at::parallel_for(0, items, std::max<int64_t>(1, grain * items / work), kernel);
+  if (work < alone || items == 1 || at::get_num_threads() == 1) return kernel(0, items, 0);
+  at::parallel_for(0, items, std::max<int64_t>(1, grain * items / work),
+                   [&](int64_t begin, int64_t end) { kernel(begin, end, at::get_thread_num()); });
 }
 
 }  // namespace

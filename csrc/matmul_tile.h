@@ -18,38 +18,42 @@ constexpr int64_t ROWS = 8;
 constexpr int64_t ROWS = 4;
 #endif
 
-// Products that a sum takes before it is set aside: bounds the rounding, as blocked summation does.
+// Products that a sum takes before it joins the others: bounds the rounding, as blocked summation does.
 constexpr int64_t DEPTH = 32;
 
 // OWN: each row has its own right operand, `apart` floats after the one before.
 template <int64_t NV, int64_t ROWS = sign_fast::ROWS, bool OWN = false>
 struct Tile {
-  Vec sum[ROWS][NV];
+  union {  // not set to zero, as vectors otherwise are
+    Vec sum[ROWS][NV];
+  };
   int64_t apart = 0;
 
-  Tile() { clear(); }
+  Tile() {}
 
-  // sum[r] += Σ_k x[r][k]·w[k·step …], where the whole sum will have depth terms
-  inline __attribute__((always_inline)) void add(const float* const (&rows)[ROWS], const float* w, int64_t length,
-                                                 int64_t step, int64_t depth) {
-    for (int64_t first = 0; first < length; first += DEPTH) {
-      const int64_t count = std::min(DEPTH, length - first);
-      if (filled_ + count > DEPTH && depth > DEPTH) set_aside();
-      filled_ += count;
-      run(rows, first, w + first * step, count, step);
+  // sum[r] = Σ_k x[r][k]·w[k·step …], of at most DEPTH terms: never leaves the registers
+  inline __attribute__((always_inline)) void set(const float* const (&x)[ROWS], const float* w, int64_t length,
+                                                 int64_t step) {
+    run(x, 0, w, length, step, sum);
+  }
+
+  // The same of any length, `most` terms at a time, added to the sum of the calls before.
+  inline __attribute__((always_inline)) void add(const float* const (&x)[ROWS], const float* w, int64_t length,
+                                                 int64_t step, int64_t most = DEPTH) {
+    for (int64_t first = 0; first < length; first += most) {
+      Vec part[ROWS][NV];
+      run(x, first, w + first * step, std::min(most, length - first), step, part);
+      if (empty_) {
+        for_each([&](int64_t r, int64_t n) { sum[r][n] = part[r][n]; });
+        empty_ = false;
+      } else {
+        for_each([&](int64_t r, int64_t n) { sum[r][n] = sum[r][n] + part[r][n]; });
+      }
     }
   }
 
-  // To be called before sum is read.
-  inline __attribute__((always_inline)) void finish() {
-    if (aside_)
-      for_each([&](int64_t r, int64_t n) { sum[r][n] = total_[r][n] + sum[r][n]; });
-  }
-
  private:
-  Vec total_[ROWS][NV];
-  int64_t filled_ = 0;
-  bool aside_ = false;
+  bool empty_ = true;
 
   template <typename F>
   static inline __attribute__((always_inline)) void for_each(F&& f) {
@@ -59,23 +63,12 @@ struct Tile {
       for (int64_t n = 0; n < NV; ++n) f(r, n);
   }
 
-  inline __attribute__((always_inline)) void clear() {
-    for_each([&](int64_t r, int64_t n) { sum[r][n] = Vec(0.f); });
-  }
-
-  inline __attribute__((always_inline)) void set_aside() {
-    for_each([&](int64_t r, int64_t n) { total_[r][n] = aside_ ? total_[r][n] + sum[r][n] : sum[r][n]; });
-    clear();
-    aside_ = true;
-    filled_ = 0;
-  }
-
   inline __attribute__((always_inline)) void run(const float* const (&rows)[ROWS], int64_t first, const float* w,
-                                                 int64_t length, int64_t step) {
+                                                 int64_t length, int64_t step, Vec (&result)[ROWS][NV]) const {
     const float* x[ROWS];
     for (int64_t r = 0; r < ROWS; ++r) x[r] = rows[r] + first;
     Vec s[ROWS][NV];
-    for_each([&](int64_t r, int64_t n) { s[r][n] = sum[r][n]; });
+    for_each([&](int64_t r, int64_t n) { s[r][n] = Vec(0.f); });
     for (int64_t k = 0; k < length; ++k, w += step) {
       Vec right[NV];
 #pragma GCC unroll 8
@@ -88,9 +81,24 @@ struct Tile {
         for (int64_t n = 0; n < NV; ++n) s[r][n] = at::vec::fmadd(left, right[n], s[r][n]);
       }
     }
-    for_each([&](int64_t r, int64_t n) { sum[r][n] = s[r][n]; });
+    for_each([&](int64_t r, int64_t n) { result[r][n] = s[r][n]; });
   }
 };
+
+// Calls use(sum) with sum[r] = Σ_k x[r][k]·w[k·step …].
+template <int64_t NV, int64_t R, bool OWN = false, typename F>
+inline __attribute__((always_inline)) void multiply(const float* const (&x)[R], const float* w, int64_t length,
+                                                    F&& use, int64_t apart = 0) {
+  Tile<NV, R, OWN> tile;
+  tile.apart = apart;
+  if (length <= DEPTH) {
+    tile.set(x, w, length, NV * V);
+    use(tile.sum);
+  } else {
+    tile.add(x, w, length, NV * V);
+    use(tile.sum);
+  }
+}
 
 // Calls f with NV as a constant.
 template <typename F>

@@ -14,8 +14,15 @@ constexpr int64_t kTileGrain = 64;         // tiles · channels/16 whose inputs 
 
 int64_t side_of(Algorithm algorithm) { return algorithm == Algorithm::Winograd2 ? 2 : 4; }
 
-// Tiles at work at a time: their transformed inputs and products stay in the cache. The same for any number of threads.
-int64_t tiles_at_work(int64_t m, int64_t tiles) { return std::min<int64_t>(tiles, m == 2 ? 128 : 64); }
+// Tiles at work at a time: their transformed inputs and products stay in the cache. Where filters are transformed on
+// the way that work is shared by all of them; else there is a part for each thread, of whole rows of multiplications.
+int64_t tiles_at_work(int64_t m, int64_t tiles, int64_t threads, bool transformed) {
+  const int64_t most = std::min<int64_t>(tiles, m == 2 ? 128 : 64);
+  return transformed ? std::min(most, ((tiles + threads - 1) / threads + 7) / 8 * 8) : most;
+}
+
+// Most vectors of a block: filters that are transformed on the way are to stay in the cache, with their products.
+int64_t block_vectors(bool transformed) { return transformed ? 3 : 2; }
 
 }  // namespace
 
@@ -24,9 +31,18 @@ void PackedConvolution::pack_winograd(const float* weight) {
   transformed_ = side * side * in * vectors_ * size <= kTransformed;
   weights_ = AlignedFloats((transformed_ ? side * side : 9) * in * vectors_ * size);
   zeros_ = AlignedFloats(in);
+  const int64_t half = shape_.resampling == Resampling::Up ? 1 : 0;
+  for (int64_t row = 0; row < shape_.height; row += m)
+    for (int64_t column = 0; column < shape_.width; column += m)
+      for (int64_t y = row - 1; y <= row + m; ++y)
+        for (int64_t x = column - 1; x <= column + m; ++x) {
+          const bool inside = y >= 0 && y < shape_.height && x >= 0 && x < shape_.width;
+          input_index_.push_back(inside ? (y >> half) * (shape_.width >> half) + (x >> half) : -1);
+        }
   float* to = weights_.data();
-  for (int64_t i = 0; i < block_count(vectors_); ++i) {
-    const Block block = sign_fast::block(vectors_, i);
+  const int64_t most = block_vectors(transformed_);
+  for (int64_t i = 0; i < block_count(vectors_, most); ++i) {
+    const Block block = sign_fast::block(vectors_, i, most);
     const int64_t width = block.vectors * size, first = block.first * size;
     const int64_t count = std::min(width, shape_.out_channels - first);
     for (int64_t c = 0; c < in; ++c)
@@ -52,7 +68,7 @@ void PackedConvolution::pack_winograd(const float* weight) {
 int64_t PackedConvolution::winograd_workspace(int64_t batch, int threads) const {
   const int64_t m = side_of(algorithm_), side = m + 2;
   const int64_t all = batch * ((shape_.height + m - 1) / m) * ((shape_.width + m - 1) / m);
-  const int64_t tiles = tiles_at_work(m, all);
+  const int64_t tiles = tiles_at_work(m, all, threads, transformed_);
   const int64_t line = kLine / sizeof(float);
   const int64_t scratch = winograd_scratch(m, tiles, in_channels(), vector_size(), transformed_);
   return threads * (side * side * winograd_stride(tiles, in_channels()) + scratch + line);
@@ -66,30 +82,34 @@ void PackedConvolution::run_winograd(const ConvolutionArgs& args, float* workspa
   task.m = side_of(algorithm_);
   task.x[0] = args.x[0], task.x[1] = args.x[1];
   task.channels[0] = shape_.channels[0], task.channels[1] = shape_.channels[1];
-  if (const int64_t size = scratch(args.batch); size > 0) {  // the mean of 2×2 is taken first
+  if (const int64_t size = this->scratch(args.batch); size > 0) {  // the mean of 2×2 is taken first
     const CopyTask source{{args.x[0], args.x[1]}, {shape_.channels[0], shape_.channels[1]}, args.batch, shape_.height,
                           shape_.width, 0, false, true, workspace};
     launch(source.items(), size, 2 * kCopyGrain, kCopyGrain,
-           [&](int64_t begin, int64_t end) { copy(source, begin, end); });
+           [&](int64_t begin, int64_t end, int) { copy(source, begin, end); });
     task.x[0] = workspace;
     task.channels[0] = in_channels(), task.channels[1] = 0;
     workspace = align(workspace + size);
   }
   task.zeros = zeros_.data();
+  task.input_index = input_index_.data();
   task.height = shape_.height, task.width = shape_.width;
   task.up = shape_.resampling == Resampling::Up;
   task.weights = weights_.data(), task.transformed = transformed_;
   task.vectors = vectors_;
+  task.block_vectors = block_vectors(transformed_);
   task.to = {bias_.data(), args.residual, args.residual_up ? residual_index_.data() : nullptr,
              shape_.height * shape_.width / (args.residual_up ? 4 : 1), args.residual_scale, args.scale, args.y,
              shape_.height * shape_.width, shape_.out_channels};
 
-  const int64_t tiles = args.batch * task.rows() * task.columns(), most = tiles_at_work(task.m, tiles);
+  const int64_t tiles = args.batch * task.rows() * task.columns(), threads = at::get_num_threads();
+  const int64_t most = tiles_at_work(task.m, tiles, threads, transformed_);
   const int64_t side = task.side(), in = in_channels();
   const int64_t input_size = side * side * winograd_stride(most, in);
   const int64_t line = kLine / sizeof(float);
-  const int64_t scratch_size = (winograd_scratch(task.m, most, in, vector_size(), transformed_) + line - 1) / line * line;
-  const int64_t parts = (tiles + most - 1) / most, blocks = block_count(vectors_), threads = at::get_num_threads();
+  const int64_t scratch = winograd_scratch(task.m, most, in, vector_size(), transformed_);
+  const int64_t scratch_size = (scratch + line - 1) / line * line;
+  const int64_t parts = (tiles + most - 1) / most, blocks = block_count(vectors_, task.block_vectors);
   const int64_t work = side * side * in * vectors_ * vector_size();  // multiplications of a tile
   const auto part = [&](WinogradTask& of, int64_t i) {
     of.first = i * most;
@@ -97,9 +117,9 @@ void PackedConvolution::run_winograd(const ConvolutionArgs& args, float* workspa
     of.stride = winograd_stride(of.tiles, in);
   };
   if (parts >= threads || tiles * work < kAlone) {
-    launch(parts, tiles * work, kAlone, kGrain, [&](int64_t begin, int64_t end) {
+    launch(parts, tiles * work, kAlone, kGrain, [&](int64_t begin, int64_t end, int thread) {
       WinogradTask own = task;
-      own.inputs = workspace + (parts == 1 ? 0 : at::get_thread_num()) * (input_size + scratch_size);
+      own.inputs = workspace + thread * (input_size + scratch_size);
       for (int64_t i = begin; i < end; ++i) {
         part(own, i);
         inputs(own, 0, own.tiles);
@@ -112,9 +132,9 @@ void PackedConvolution::run_winograd(const ConvolutionArgs& args, float* workspa
   for (int64_t i = 0; i < parts; ++i) {
     part(task, i);
     launch(task.tiles, task.tiles * in * side * side, kTileGrain * side * side * 16, kTileGrain * side * side * 16,
-           [&](int64_t begin, int64_t end) { inputs(task, begin, end); });
-    launch(blocks, task.tiles * work, kAlone, kGrain, [&](int64_t begin, int64_t end) {
-      outputs(task, begin, end, workspace + input_size + at::get_thread_num() * scratch_size);
+           [&](int64_t begin, int64_t end, int) { inputs(task, begin, end); });
+    launch(blocks, task.tiles * work, kAlone, kGrain, [&](int64_t begin, int64_t end, int thread) {
+      outputs(task, begin, end, workspace + input_size + thread * scratch_size);
     });
   }
 }

@@ -31,7 +31,7 @@ inline int64_t winograd_stride(int64_t tiles, int64_t channels) { return (tiles 
 // vector: floats of one
 inline int64_t winograd_scratch(int64_t m, int64_t tiles, int64_t depth, int64_t vector, bool transformed) {
   const int64_t side = m + 2, width = 3 * vector;
-  return side * side * winograd_stride(tiles, width) + (transformed ? 0 : side * depth * width);
+  return side * side * winograd_stride(tiles, width) + (transformed ? 0 : 2 * side * depth * width);
 }
 
 }  // namespace
@@ -41,11 +41,13 @@ struct WinogradTask {
   const float* x[2];
   int64_t channels[2];
   const float* zeros;      // as many as the wider input has channels: what lies outside of the image
+  const int32_t* input_index;  // (tiles of an image, (m + 2)²): the pixel, or −1 outside of the image
   int64_t height, width;   // of the output
   bool up;                 // x is half as high and wide; tiles of 2: rows and columns 2 of Bᵀ·d·B vanish
   const float* weights;    // transformed: (block, (m + 2)², channels, vectors); else (block, channels, 9, vectors)
   bool transformed;
   int64_t vectors;         // of output channels
+  int64_t block_vectors;   // most of a block
   int64_t first, tiles;    // of all images' tiles, those at work
   float* inputs;           // ((m + 2)², stride)
   int64_t stride;

@@ -6,6 +6,13 @@
 namespace sign_fast {
 namespace {
 
+// Vectors that are not set to zero first.
+template <int COUNT>
+union Vectors {
+  Vec v[COUNT];
+  Vectors() {}
+};
+
 inline Vec fma(float a, Vec b, Vec c) { return at::vec::fmadd(Vec(a), b, c); }
 
 constexpr float P = kPoint1, Q = kPoint2, P2 = P * P, Q2 = Q * Q;
@@ -58,70 +65,79 @@ inline Place place(const WinogradTask& t, int64_t tile) {
 template <int M>
 void inputs(const WinogradTask& t, int64_t begin, int64_t end) {
   constexpr int N = M + 2;
-  const int64_t half = t.up ? 1 : 0, width = t.width >> half, pixels = (t.height >> half) * width, depth = t.depth();
+  const int64_t half = t.up ? 1 : 0, pixels = (t.height >> half) * (t.width >> half), depth = t.depth();
+  const int64_t image_tiles = t.rows() * t.columns(), stride = t.stride;
   for (int64_t tile = begin; tile < end; ++tile) {
-    const Place at = place(t, t.first + tile);
-    int64_t index[N * N];  // of the pixel, or −1
-    for (int64_t i = 0; i < N; ++i)
-      for (int64_t j = 0; j < N; ++j) {
-        const int64_t y = at.row + i - 1, x = at.column + j - 1;
-        const bool inside = y >= 0 && y < t.height && x >= 0 && x < t.width;
-        index[i * N + j] = inside ? at.image * pixels + (y >> half) * width + (x >> half) : -1;
-      }
+    const int64_t image = (t.first + tile) / image_tiles;
+    const int32_t* index = t.input_index + (t.first + tile) % image_tiles * N * N;
     float* to = t.inputs + tile * depth;
     for (int64_t part = 0; part < 2; to += t.channels[part], ++part) {
       const int64_t channels = t.channels[part];
       if (channels == 0) continue;
       const float* from[N * N];
-      for (int64_t i = 0; i < N * N; ++i) from[i] = index[i] < 0 ? t.zeros : t.x[part] + index[i] * channels;
+      const float* base = t.x[part] + image * pixels * channels;
+      for (int64_t i = 0; i < N * N; ++i) from[i] = index[i] < 0 ? t.zeros : base + index[i] * channels;
       for (int64_t c = 0; c < channels; c += V) {
         const int64_t count = std::min(V, channels - c);
-        Vec d[N * N];
+        Vectors<N * N> d;
         for (int64_t j = 0; j < N; ++j) {
-          Vec column[N];
+          Vectors<N> column;
 #pragma GCC unroll 6
-          for (int64_t i = 0; i < N; ++i) column[i] = load(from[i * N + j] + c, count);
-          transform_input<M, 1, N>(column, d + j);
+          for (int64_t i = 0; i < N; ++i) column.v[i] = load(from[i * N + j] + c, count);
+          transform_input<M, 1, N>(column.v, d.v + j);
         }
+        float* y = to + c;
         for (int64_t i = 0; i < N; ++i) {
-          Vec row[N];
-          transform_input<M, 1, 1>(d + i * N, row);
+          Vectors<N> row;
+          transform_input<M, 1, 1>(d.v + i * N, row.v);
 #pragma GCC unroll 6
-          for (int64_t j = 0; j < N; ++j) store(to + (i * N + j) * t.stride + c, row[j], count);
+          for (int64_t j = 0; j < N; ++j, y += stride) store(y, row.v[j], count);
         }
       }
     }
   }
 }
 
-// Row i of G·g·Gᵀ, for all channels of a block: to is (m + 2, channels, vectors).
+// Rows i and N − 1 (i = 0), or i and i + 1 (points ±p), of G·g·Gᵀ for all channels of a block: to is
+// (2, m + 2, channels, vectors). Two rows at a time read the filters half as often.
 template <int M>
-void filter_row(const float* g, int64_t i, int64_t depth, int64_t step, float* to) {
+void filter_rows(const float* g, int64_t i, int64_t depth, int64_t step, float* to) {
   constexpr int N = M + 2;
-  Vec left[3];
-  float right[N][3];
-  for (int64_t k = 0; k < 3; ++k) left[k] = Vec(static_cast<float>(filter_coefficient(M, i, k)));
+  float coefficient[N][3];
   for (int64_t j = 0; j < N; ++j)
-    for (int64_t k = 0; k < 3; ++k) right[j][k] = static_cast<float>(filter_coefficient(M, j, k));
+    for (int64_t k = 0; k < 3; ++k) coefficient[j][k] = static_cast<float>(filter_coefficient(M, j, k));
+  const float* own = coefficient[i];
+  const int64_t row = N * depth * step, column = depth * step;
   for (int64_t c = 0; c < depth; ++c, g += 9 * step, to += step)
     for (int64_t n = 0; n < step; n += V) {
-      Vec s[3], u[N];
+      Vectors<3> s[2];
 #pragma GCC unroll 3
       for (int64_t k = 0; k < 3; ++k) {
         const float* x = g + k * step + n;
-        s[k] = at::vec::fmadd(left[2], Vec::loadu(x + 6 * step),
-                              at::vec::fmadd(left[1], Vec::loadu(x + 3 * step), left[0] * Vec::loadu(x)));
+        if (i == 0) {
+          s[0].v[k] = Vec(own[0]) * Vec::loadu(x);
+          s[1].v[k] = Vec::loadu(x + 6 * step);
+        } else {
+          const Vec even = fma(own[2], Vec::loadu(x + 6 * step), Vec(own[0]) * Vec::loadu(x));
+          const Vec odd = Vec(own[1]) * Vec::loadu(x + 3 * step);
+          s[0].v[k] = even + odd;
+          s[1].v[k] = even - odd;
+        }
       }
-      u[0] = Vec(right[0][0]) * s[0];
 #pragma GCC unroll 2
-      for (int64_t j = 1; j < N - 1; j += 2) {  // points ±p
-        const Vec even = fma(right[j][2], s[2], Vec(right[j][0]) * s[0]), odd = Vec(right[j][1]) * s[1];
-        u[j] = even + odd;
-        u[j + 1] = even - odd;
+      for (int64_t r = 0; r < 2; ++r) {
+        const Vec* t = s[r].v;
+        float* y = to + r * row + n;
+        (Vec(coefficient[0][0]) * t[0]).store(y);
+#pragma GCC unroll 2
+        for (int64_t j = 1; j < N - 1; j += 2) {  // points ±p
+          const Vec even = fma(coefficient[j][2], t[2], Vec(coefficient[j][0]) * t[0]);
+          const Vec odd = Vec(coefficient[j][1]) * t[1];
+          (even + odd).store(y + j * column);
+          (even - odd).store(y + (j + 1) * column);
+        }
+        t[2].store(y + (N - 1) * column);
       }
-      u[N - 1] = s[2];
-#pragma GCC unroll 6
-      for (int64_t j = 0; j < N; ++j) u[j].store(to + j * depth * step + n);
     }
 }
 
@@ -129,15 +145,14 @@ template <int64_t NV, int64_t R>
 inline void product_rows(const float* x, const float* w, float* y, int64_t depth, int64_t count) {
   const float* rows[R];
   for (int64_t r = 0; r < R; ++r) rows[r] = x + std::min(r, count - 1) * depth;
-  Tile<NV, R> tile;
-  tile.add(rows, w, depth, NV * V, depth);
-  tile.finish();
+  multiply<NV, R>(rows, w, depth, [&](const auto& sum) {
 #pragma GCC unroll 8
-  for (int64_t r = 0; r < R; ++r) {
-    if (r >= count) break;
+    for (int64_t r = 0; r < R; ++r) {
+      if (r >= count) break;
 #pragma GCC unroll 3
-    for (int64_t n = 0; n < NV; ++n) tile.sum[r][n].store(y + (r * NV + n) * V);
-  }
+      for (int64_t n = 0; n < NV; ++n) sum[r][n].store(y + (r * NV + n) * V);
+    }
+  });
 }
 
 // y (tiles, vectors) = x (tiles, depth)·w (depth, vectors)
@@ -159,14 +174,13 @@ inline void product_alone(const float* x, int64_t x_apart, const float* w, int64
                           int64_t depth) {
   const float* rows[R];
   for (int64_t r = 0; r < R; ++r) rows[r] = x + r * x_apart;
-  Tile<NV, R, true> tile;
-  tile.apart = w_apart;
-  tile.add(rows, w, depth, NV * V, depth);
-  tile.finish();
+  const auto use = [&](const auto& sum) {
 #pragma GCC unroll 3
-  for (int64_t r = 0; r < R; ++r)
+    for (int64_t r = 0; r < R; ++r)
 #pragma GCC unroll 3
-    for (int64_t n = 0; n < NV; ++n) tile.sum[r][n].store(y + r * y_apart + n * V);
+      for (int64_t n = 0; n < NV; ++n) sum[r][n].store(y + r * y_apart + n * V);
+  };
+  multiply<NV, R, true>(rows, w, depth, use, w_apart);
 }
 
 template <int M, bool UP, int64_t NV>
@@ -181,24 +195,24 @@ void output_tiles(const WinogradTask& t, const float* products, int64_t stride, 
       const float* from = products + (tile * NV + n) * V;
       const int64_t count = left - n * V;
       const Vec bias = Vec::loadu(t.to.bias + first + n * V);
-      Vec half[M * N];
+      Vectors<M * N> half;
 #pragma GCC unroll 6
       for (int64_t j = 0; j < N; ++j) {
-        Vec column[N];
+        Vectors<N> column;
 #pragma GCC unroll 6
         for (int64_t i = 0; i < N; ++i)
-          column[i] = UP && (i == 2 || j == 2) ? Vec(0.f) : Vec::loadu(from + (i * N + j) * stride);
-        transform_output<M, 1, N>(column, half + j);
+          column.v[i] = UP && (i == 2 || j == 2) ? Vec(0.f) : Vec::loadu(from + (i * N + j) * stride);
+        transform_output<M, 1, N>(column.v, half.v + j);
       }
       for (int64_t i = 0; i < rows; ++i) {
-        Vec y[M];
-        transform_output<M, 1, 1>(half + i * N, y);
+        Vectors<M> y;
+        transform_output<M, 1, 1>(half.v + i * N, y.v);
         const int64_t pixel = (at.row + i) * t.width + at.column;
         float* to = t.to.y + (at.image * t.to.pixels + pixel) * t.to.channels + first + n * V;
 #pragma GCC unroll 4
         for (int64_t j = 0; j < M; ++j) {
           if (j >= columns) break;
-          Vec sum = y[j] + bias;
+          Vec sum = y.v[j] + bias;
           if (t.to.residual) {
             const int64_t index = t.to.residual_index ? t.to.residual_index[pixel + j] : pixel + j;
             const int64_t at_pixel = at.image * t.to.residual_pixels + index;
@@ -216,28 +230,29 @@ template <int M, bool UP>
 void outputs(const WinogradTask& t, int64_t begin, int64_t end, float* scratch) {
   constexpr int N = M + 2;
   const int64_t depth = t.depth();
-  for (int64_t i = begin; i < end; ++i) {
-    const Block block = sign_fast::block(t.vectors, i);
+  for (int64_t item = begin; item < end; ++item) {
+    const Block block = sign_fast::block(t.vectors, item, t.block_vectors);
     const float* weights = t.weights + block.first * V * depth * (t.transformed ? N * N : 9);
     with_vectors(block.vectors, [&](auto vectors) {
       constexpr int64_t step = vectors * V;
       const int64_t stride = winograd_stride(t.tiles, step);
       float* filters = scratch + N * N * stride;
-      for (int64_t row = 0; row < N; ++row) {
+      for (int64_t i = 0; i < N; ++i) {
+        const int64_t row = i < 2 ? i * (N - 1) : i - 1;  // first and last, then the pairs
+        if (!t.transformed && i % 2 == 0) filter_rows<M>(weights, row, depth, step, filters);
         if (UP && row == 2) continue;
-        if (!t.transformed) filter_row<M>(weights, row, depth, step, filters);
-        const float* row_filters = t.transformed ? weights + row * N * depth * step : filters;
+        const float* own = t.transformed ? weights + row * N * depth * step : filters + i % 2 * N * depth * step;
         if (t.tiles == 1) {
           for (int64_t column = 0; column < N; column += N / 2)
             product_alone<vectors, N / 2>(t.inputs + (row * N + column) * t.stride, t.stride,
-                                          row_filters + column * depth * step, depth * step,
+                                          own + column * depth * step, depth * step,
                                           scratch + (row * N + column) * stride, stride, depth);
           continue;
         }
         for (int64_t column = 0; column < N; ++column) {
           if (UP && column == 2) continue;
           const int64_t k = row * N + column;
-          const float* filter = row_filters + column * depth * step;
+          const float* filter = own + column * depth * step;
           product<vectors>(t.inputs + k * t.stride, filter, scratch + k * stride, t.tiles, depth);
         }
       }
