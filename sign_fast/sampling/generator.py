@@ -229,7 +229,9 @@ class ImageGenerator:
             steps = DEFAULT_STEPS[self.role]
             if sampler == "multistep" and isinstance(options.get("noise_levels"), Sequence):
                 steps = len(options["noise_levels"]) + 1
-        return check_request(self._traits, seeds, sampler, steps, labels, output, options, self._engine.noise)
+        request = check_request(self._traits, seeds, sampler, steps, labels, output, options, self._engine.noise)
+        self._engine.check(request.sampler, request.steps, request.options)
+        return request
 
     def _generate(self, request: Request) -> Tensor:
         r = request
