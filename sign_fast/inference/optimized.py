@@ -224,7 +224,12 @@ class OptimizedNet(nn.Module):
 
     def _refuse_lean(self, what: str) -> None:
         if self._packed:
-            raise SignFastError(f"a lean network cannot be {what}: leave lean away, or optimize the original again")
+            raise SignFastError(f"a lean network cannot be {what}: optimize the original again, without lean")
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module; a lean network on the CPU takes none, only `update`."""
+        self._refuse_lean("loaded into")
+        return super().load_state_dict(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As of any module; a lean network on the CPU has none."""
@@ -261,7 +266,10 @@ class OptimizedIdempotentNet(OptimizedNet):
 
 
 def _loaded(net: OptimizedNet, _: object) -> None:
-    net._refresh()
+    if all(net.get_buffer(f"constant{i}") is constant for i, constant in enumerate(net._unfused.constants)):
+        net._refresh()
+    else:  # assign=True put others in their place
+        net._start()
 
 
 def _scaled(x: Tensor, c_in: Tensor, dtype: torch.dtype) -> Tensor:

@@ -196,7 +196,7 @@ class Engine:
             inputs["seeds"] = noise.seeds
         if classes is not None:
             inputs["labels"] = classes
-        if device.type == "cuda" and isinstance(self._net, nn.Module):
+        if self._is_captured:
             return self._replay(prepared, inputs, count, output)
         constants = self._constants(prepared)
         parts = [
@@ -206,6 +206,11 @@ class Engine:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @property
+    def _is_captured(self) -> bool:
+        """Whether generations are graphs: of a module on CUDA, whose tensors can be watched."""
+        return self.device.type == "cuda" and isinstance(self._net, nn.Module)
+
+    @property
     def _shape(self) -> tuple[int, int, int]:
         return self.img_channels, self.img_resolution, self.img_resolution
 
@@ -213,12 +218,17 @@ class Engine:
         """(B,) int64 class numbers, drawn from the seeds where none are given."""
         if self.label_dim == 0:
             return None
-        if labels is None:
-            return noise.randint(self.label_dim, size=[count])
-        return to_device(torch.tensor(labels, dtype=torch.int64), self.device)
+        if labels is not None and isinstance(noise, PhiloxNoise):
+            return to_device(torch.tensor(labels, dtype=torch.int64), self.device)
+        # drawn even if it is not used, as published: the noise after it depends on that
+        drawn = noise.randint(self.label_dim, size=[count])
+        return drawn if labels is None else to_device(torch.tensor(labels, dtype=torch.int64), self.device)
 
     def _one_hot(self, classes: Tensor | None) -> Tensor | None:
-        return None if classes is None else nn.functional.one_hot(classes, self.label_dim).float()
+        """(B, label_dim) float32; torch's own one_hot looks at the values, which a capture does not allow."""
+        if classes is None:
+            return None
+        return (classes[:, None] == torch.arange(self.label_dim, device=classes.device)).float()
 
     def _prepare(self, sampler: str, steps: int, options: Mapping[str, Any]) -> _Prepared:
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
