@@ -115,6 +115,18 @@ class OptimizedNet(nn.Module):
         """All that a forward reads besides its arguments, always in one order."""
         return (*self.program.constants, self.conditioner.weight, self.conditioner.bias)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the weights, and on the CPU of what the C++ program keeps: packed weights, its last run's arena."""
+        kept = 0 if self.native is None else self.native.bytes
+        return kept + sum(t.nbytes for t in (*self.parameters(), *self.buffers()))
+
+    @property
+    def conditioning_bytes(self) -> int:
+        """Memory of the conditioning that is kept, see `conditioning`."""
+        with self._lock:
+            return sum(c.nbytes for c in self._cache.values())
+
     # ---- the network ----
 
     def denoise(self, x: Tensor, rows: Tensor, coefficients: Tensor) -> Tensor:
