@@ -80,7 +80,7 @@ def generate(
     from ..sampling.pictures import check_channels
 
     process = this_process()
-    wanted = _seeds(seeds, num)
+    wanted = _seeds(seeds, num, noise)
     generator = ImageGenerator.from_pretrained(network, device_for(process, device), getattr(torch, dtype), noise)
     sampler, options = _sampler(generator, sigma_G, teacher)
     options |= {"steps": steps, "labels": class_idx, "sampler": sampler}
@@ -99,12 +99,12 @@ def _cores() -> int:
     return min(8, here)
 
 
-def _seeds(text: str | None, num: int | None) -> list[int]:
+def _seeds(text: str | None, num: int | None, noise: Literal["torch", "philox"]) -> list[int]:
     from ..sampling.noise import check_seeds, parse_seeds
 
     if text is None:
         text = f"0-{(num or 64) - 1}"
-    return check_seeds(parse_seeds(text)[:num])
+    return check_seeds(parse_seeds(text)[:num], noise=noise)
 
 
 def _sampler(generator: Any, sigma_G: float | None, teacher: dict[str, Any]) -> tuple[str, dict[str, Any]]:

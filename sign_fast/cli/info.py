@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -13,9 +14,20 @@ import click
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-def info(as_json: bool) -> None:
-    """Versions, the C++ extension, devices, and which operations run fast here or why not."""
-    facts = gather()
+@click.option(
+    "--network", help="Also tell of a network: a folder, a bundled name or a preset (weights are drawn then)."
+)
+@click.option("--device", help="Of that network: cpu, cuda or cuda:N.  [default: cuda where there is one]")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True,
+    help="Of that network.",
+)  # fmt: skip
+def info(as_json: bool, network: str | None, device: str | None, dtype: str) -> None:
+    """Versions, the C++ extension, devices, and which operations run fast here or why not.
+
+    Of a network: launches of a forward on a GPU, plain and optimized, and the memory that generating takes.
+    """
+    facts = gather() if network is None else {f"network {network}": network_facts(network, device, dtype)} | gather()
     if as_json:
         click.echo(json.dumps(facts, indent=1))
         return
@@ -37,7 +49,7 @@ def _graphs() -> dict[str, str]:
 
     off = os.environ.get(graphs.SWITCH) == "1"
     here = [
-        f"{entry['graphs']} on {entry['device']}, {entry['captured_bytes'] / 2**20:.1f} MiB"
+        f"{entry['graphs']} on {entry['device']}, {_mib(entry['captured_bytes'])}"
         for entry in graphs.captured()
         if entry["graphs"]
     ]
@@ -47,6 +59,49 @@ def _graphs() -> dict[str, str]:
         else f"captured on CUDA; {graphs.SWITCH}=1 turns it off",
         "captured in this process": "; ".join(here) or "none",
     }
+
+
+def network_facts(name: str, device: str | None, dtype_name: str) -> dict[str, Any]:
+    """What `info` tells of a network; on CUDA it generates an image, which captures a graph.
+
+    Raises:
+        SignFastError: it cannot be loaded.
+    """
+    import torch
+
+    from .. import models
+    from ..checkpoints.store import bundled_names, find, read_config
+    from ..inference.launches import launches
+    from ..sampling import ImageGenerator
+
+    dtype = getattr(torch, dtype_name)
+    if name in models.preset_names() and name not in bundled_names():
+        role, place = "student", device or ("cuda" if torch.cuda.is_available() else "cpu")
+        net = models.create(name).to(place).eval()
+    else:
+        role, net = read_config(find(name)).get("role", "student"), models.load(name, device)
+    size = f"{net.img_channels}x{net.img_resolution}x{net.img_resolution}"
+    millions = sum(p.numel() for p in net.parameters()) / 1e6
+    counted = importlib.util.find_spec("triton") is not None
+    before = launches(net, dtype=dtype).total() if counted else 0
+    generator = ImageGenerator(net, role, dtype=dtype, consume=True)
+    generator([0])
+    inner = generator.net
+    facts = {
+        "network": f"{type(net).__name__}, {size}, {inner.label_dim} classes, {millions:.1f} million parameters",
+        "launches of a forward": f"{before} plain, {inner.launches().total()} optimized, counted for a GPU"
+        if counted
+        else "not counted: triton is not installed",
+        "inference copy": f"{dtype_name}, {len(inner.program.operations)} operations, {_mib(inner.nbytes)}",
+        "conditioning": f"{_mib(inner.conditioning_bytes)} for the default sampler, {generator.sampler}",
+    }
+    if generator.device.type == "cuda":
+        facts["captured"] = f"{_mib(generator.engine.graphs.captured_bytes)} for a batch of 1"
+    return facts
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"
 
 
 def gather() -> dict[str, dict[str, Any]]:

@@ -88,7 +88,7 @@ def launches(net: nn.Module, batch: int = 1, *, dtype: torch.dtype | None = None
     tensors = {name: torch.empty_like(t, device="meta") for name, t in tensors.items()}
     size: Any = net.img_resolution
     x = torch.empty((batch, net.img_channels, size, size), device="meta")  # type: ignore[arg-type]
-    arguments = (x,) if hasattr(net, "sigma") and isinstance(net.sigma, float) else (x, torch.ones((), device="meta"))
+    arguments = (x,) if getattr(net, "time_free", False) else (x, torch.ones((), device="meta"))
     with LaunchCounter() as counter:
         torch.func.functional_call(net, tensors, arguments, {"dtype": dtype} if dtype else {})
     return counter.counts

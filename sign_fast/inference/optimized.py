@@ -116,6 +116,18 @@ class OptimizedNet(nn.Module):
         """All that a forward reads besides its arguments, always in one order."""
         return (*self.program.constants, self.conditioner.weight, self.conditioner.bias)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the weights, and on the CPU of what the C++ program keeps: packed weights, its last run's arena."""
+        kept = 0 if self.native is None else self.native.bytes
+        return kept + sum(t.nbytes for t in (*self.parameters(), *self.buffers()))
+
+    @property
+    def conditioning_bytes(self) -> int:
+        """Memory of the conditioning that is kept, see `conditioning`."""
+        with self._lock:
+            return sum(c.nbytes for c in self._cache.values())
+
     # ---- the network ----
 
     def denoise(self, x: Tensor, rows: Tensor, coefficients: Tensor) -> Tensor:
@@ -225,7 +237,12 @@ class OptimizedNet(nn.Module):
 
     def _refuse_lean(self, what: str) -> None:
         if self._packed:
-            raise SignFastError(f"a lean network cannot be {what}: leave lean away, or optimize the original again")
+            raise SignFastError(f"a lean network cannot be {what}: optimize the original again, without lean")
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module; a lean network on the CPU takes none, only `update`."""
+        self._refuse_lean("loaded into")
+        return super().load_state_dict(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As of any module; a lean network on the CPU has none."""
@@ -262,7 +279,10 @@ class OptimizedIdempotentNet(OptimizedNet):
 
 
 def _loaded(net: OptimizedNet, _: object) -> None:
-    net._refresh()
+    if all(net.get_buffer(f"constant{i}") is constant for i, constant in enumerate(net._unfused.constants)):
+        net._refresh()
+    else:  # assign=True put others in their place
+        net._start()
 
 
 def _scaled(x: Tensor, c_in: Tensor, dtype: torch.dtype) -> Tensor:

@@ -111,7 +111,7 @@ def ablation_plan(
         others: as in `ablation_sampler`.
 
     Raises:
-        ValueError: num_steps < 1, or an unknown choice.
+        ValueError: num_steps < 1, an unknown choice, or a lowest noise level above the highest.
     """
     check_steps(num_steps)
     _one_of("solver", solver, ("heun", "euler"))
@@ -124,6 +124,9 @@ def ablation_plan(
     highest = {"vp": original.sigma(1), "ve": 100.0, "iddpm": 81.0, "edm": 80.0}
     sigma_min = max(lowest[discretization] if sigma_min is None else sigma_min, net_sigma_min)
     sigma_max = min(highest[discretization] if sigma_max is None else sigma_max, net_sigma_max)
+
+    if sigma_min > sigma_max:
+        raise ValueError(f"sigma_min {sigma_min} is above sigma_max {sigma_max}")
 
     # the β with σ(epsilon_s) = sigma_min and σ(1) = sigma_max
     low, high = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
@@ -228,7 +231,7 @@ def ablation_sampler(
         (B, C, H, W) float64.
 
     Raises:
-        ValueError: num_steps < 1, or an unknown choice.
+        ValueError: num_steps < 1, an unknown choice, or a lowest noise level above the highest.
     """
     plan = ablation_plan(
         num_steps,

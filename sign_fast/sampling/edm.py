@@ -61,12 +61,14 @@ def edm_plan(
         round_sigma, net_sigma_min, net_sigma_max: the network's.
 
     Raises:
-        ValueError: num_steps < 1, or a lowest noise level that is not positive.
+        ValueError: num_steps < 1, a lowest noise level that is not positive, or one above the highest.
     """
     check_steps(num_steps)
     lowest, highest = max(sigma_min, net_sigma_min), min(sigma_max, net_sigma_max)
     if not lowest > 0:
         raise ValueError(f"sigma_min must be positive, not {lowest}")
+    if lowest > highest:
+        raise ValueError(f"sigma_min {lowest} is above sigma_max {highest}")
     sigmas = karras_sigmas(num_steps, lowest, highest, rho)
     sigmas = round_sigma(sigmas).to(sigmas)
     t: list[float] = sigmas.tolist()
@@ -133,7 +135,7 @@ def edm_sampler(
         (B, C, H, W) float64.
 
     Raises:
-        ValueError: num_steps < 1, or a lowest noise level that is not positive.
+        ValueError: num_steps < 1, a lowest noise level that is not positive, or one above the highest.
     """
     plan = edm_plan(
         num_steps,

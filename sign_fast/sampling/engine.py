@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..errors import SignFastError
+from ..errors import SignFastError, first_line
 from ..inference.conditioning import Conditioning
 from ..inference.optimized import OptimizedNet, optimize
 from ..kernels import extension
 from ..models.precond import Precond
 from .ablation import ablation_plan
-from .buckets import pad
+from .buckets import LARGEST_BUCKET, pad
 from .edm import edm_plan
 from .graphs import GraphKey, Graphs, generate_in_buckets
 from .loop import draw_ahead, run_plan
@@ -28,47 +30,77 @@ from .noise import PhiloxNoise, SeededNoise
 from .plan import Plan
 from .requests import Noise, Output, Sampler, check_choices, is_time_free
 from .students import few_step_plan, multistep_plan, one_step_plan, recursive_plan
+from .transfer import to_device
 
 _PLANS_KEPT = 64
 _tokens = itertools.count()  # a network's in the keys of graphs: no two in a process are equal
 
 
 def plan_of(net: Any, sampler: str, steps: int, options: Mapping[str, Any]) -> Plan:
-    """The plan of a sampler by name, for a network's range of noise levels; the arguments are checked already."""
+    """The plan of a sampler by name, for a network's range of noise levels; names are checked already.
+
+    Raises:
+        SignFastError: the values of the options make no plan, or one of numbers that nothing can be made of.
+    """
+    try:
+        plan = _plan_of(net, sampler, steps, options)
+    except (ValueError, TypeError, ArithmeticError, IndexError) as error:
+        raise _refused(sampler, options, first_line(error)) from error
+    if not all(map(math.isfinite, (*plan.levels, *plan.coefficients))):
+        raise _refused(sampler, options, "its noise levels are not all finite")
+    if not is_time_free(net) and min(plan.levels) <= 0:
+        raise _refused(sampler, options, f"noise levels must be positive, not {min(plan.levels)}")
+    return plan
+
+
+def _refused(sampler: str, options: Mapping[str, Any], why: str) -> SignFastError:
+    given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    return SignFastError(f"sampler {sampler} cannot run with {given or 'its defaults'}: {why}")
+
+
+def _plan_of(net: Any, sampler: str, steps: int, options: Mapping[str, Any]) -> Plan:
     if sampler in ("edm", "ablation"):
         make: Callable[..., Plan] = edm_plan if sampler == "edm" else ablation_plan
-        return make(
-            steps,
-            **options,
-            round_sigma=net.round_sigma,
-            net_sigma_min=net.sigma_min,
-            net_sigma_max=net.sigma_max,
-        )
+        levels = {"round_sigma": net.round_sigma, "net_sigma_min": net.sigma_min, "net_sigma_max": net.sigma_max}
+        return make(steps, **options, **levels)
     if sampler == "one_step":
         return one_step_plan(**options)
     if sampler == "few_step":
         return few_step_plan(steps, **options)
-    return recursive_plan(steps) if sampler == "recursive" else multistep_plan(tuple(options["noise_levels"]))
+    return recursive_plan(steps) if sampler == "recursive" else multistep_plan(options["noise_levels"])
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What a sampler with its options needs, made at its first use."""
+    """A plan and its numbers on the device, made at their first use."""
 
     plan: Plan
-    levels: Tensor  # (n,) float64 on the device
-    coefficients: Tensor  # of the plan's combinations, float64 on the device
+    device: torch.device
+
+    @cached_property
+    def levels(self) -> Tensor:
+        """(n,) float64."""
+        return torch.tensor(self.plan.levels, dtype=torch.float64).to(self.device)
+
+    @cached_property
+    def coefficients(self) -> Tensor:
+        """Of all combinations, (n,) float64."""
+        return torch.tensor(self.plan.coefficients, dtype=torch.float64).to(self.device)
 
 
 class Engine:
     """A network ready to generate.
 
     On the CPU the loop over the network's calls runs in C++, for networks of `sign_fast.models` with the network
-    itself; on CUDA the whole generation is a graph, captured at its first use, see `graphs`.
+    itself; on CUDA the whole generation is a graph, captured at its first use, see `graphs`. Safe to use from several
+    threads.
 
     Args:
-        net: a network of `sign_fast.models` (an inference copy is made of it), one that `optimize` has made, or any
-            denoiser net(x, sigma, class_labels), or student net(x, class_labels) with time_free = True.
+        net: a network of `sign_fast.models` (an inference copy is made of it: `net.update` of this engine takes later
+            weights), one that `optimize` has made, or any denoiser net(x, sigma, class_labels), or student
+            net(x, class_labels) with time_free = True; a module is put in eval mode. On CUDA a module is captured:
+            its parameters and buffers may change, but what else it reads is what it was at its capture. A denoiser
+            that is no module says where it is with `device` (else: the CPU) and is called each time.
         dtype: of the inner network: float32, bfloat16 or float16; None keeps its own.
         consume: the network is not used elsewhere: its memory is freed as its copy is made.
         noise: "torch" (the published generators, one a seed) or "philox" (drawn inside the launch).
@@ -95,6 +127,8 @@ class Engine:
         self.noise = noise
         self._max_graphs = max_graphs
         self._token = next(_tokens)
+        self._lock = threading.Lock()
+        self._graphs: Graphs | None = None
         self._plans: OrderedDict[Any, _Prepared] = OrderedDict()
         self.img_resolution: int = net.img_resolution
         self.img_channels: int = net.img_channels
@@ -107,16 +141,25 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
-        if isinstance(self._net, OptimizedNet):
-            return self._net.device
+        """Where the network is: where it says, or where its parameters are."""
+        said = getattr(self._net, "device", None)
+        if isinstance(said, torch.device | str):
+            return torch.device(said)
         first = next(self._net.parameters(), None) if isinstance(self._net, nn.Module) else None
         return torch.device("cpu") if first is None else first.device
 
-    @cached_property
+    @property
     def graphs(self) -> Graphs:
         """The captured generations of this network; CUDA only."""
-        return Graphs(self.device, self._max_graphs)
+        with self._lock:
+            if self._graphs is None:
+                self._graphs = Graphs(self.device, self._max_graphs)
+            return self._graphs
+
+    def check(self, sampler: str | Sampler, steps: int, options: Mapping[str, Any]) -> None:
+        """Raise the SignFastError that `generate` would raise for a sampler's options; generate nothing."""
+        if not callable(sampler):
+            self._prepare(sampler, steps, options)
 
     @torch.no_grad()
     def generate(
@@ -134,17 +177,16 @@ class Engine:
             seeds, sampler, steps, labels, options: as `requests.check_request` leaves them.
             output: "uint8" for (B, H, W, C) bytes, "float" for (B, C, H, W) float32 in about [-1, 1].
         """
-        device = self.device
+        device, count = self.device, len(seeds)
+        prepared = None if callable(sampler) else self._prepare(sampler, steps, options)
         noise = (SeededNoise if self.noise == "torch" else PhiloxNoise)(device, seeds)
-        shape = (self.img_channels, self.img_resolution, self.img_resolution)
-        drawn = isinstance(noise, SeededNoise) or callable(sampler)
-        latents = noise.randn([len(seeds), *shape]) if drawn else None
-        classes = self._classes(noise, len(seeds), labels)
+        drawn = isinstance(noise, SeededNoise) or prepared is None
+        latents = noise.randn([count, *self._shape]) if drawn else None
+        classes = self._classes(noise, count, labels)
         if callable(sampler):
-            assert latents is not None
             images = sampler(self._net, latents, self._one_hot(classes), noise.randn_like, num_steps=steps, **options)
             return functional.to_uint8(images) if output == "uint8" else images.float()
-        prepared = self._prepare(sampler, steps, options)
+        assert prepared is not None
         inputs: dict[str, Tensor] = {}
         if latents is not None:
             draws = draw_ahead(prepared.plan, latents, noise.randn_like)
@@ -154,35 +196,52 @@ class Engine:
             inputs["seeds"] = noise.seeds
         if classes is not None:
             inputs["labels"] = classes
-        if device.type != "cuda":
-            return self._run(prepared, inputs | self._constants(prepared), output, None)
-        return self._replay(prepared, inputs, len(seeds), output)
+        if self._is_captured:
+            return self._replay(prepared, inputs, count, output)
+        constants = self._constants(prepared)
+        parts = [
+            self._run(prepared, {name: t[i : i + LARGEST_BUCKET] for name, t in inputs.items()} | constants, output)
+            for i in range(0, count, LARGEST_BUCKET)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @property
+    def _is_captured(self) -> bool:
+        """Whether generations are graphs: of a module on CUDA, whose tensors can be watched."""
+        return self.device.type == "cuda" and isinstance(self._net, nn.Module)
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        return self.img_channels, self.img_resolution, self.img_resolution
 
     def _classes(self, noise: SeededNoise | PhiloxNoise, count: int, labels: Sequence[int] | None) -> Tensor | None:
         """(B,) int64 class numbers, drawn from the seeds where none are given."""
         if self.label_dim == 0:
             return None
-        if labels is None:
-            return noise.randint(self.label_dim, size=[count])
-        return torch.tensor(labels, dtype=torch.int64).to(self.device)
+        if labels is not None and isinstance(noise, PhiloxNoise):
+            return to_device(torch.tensor(labels, dtype=torch.int64), self.device)
+        # drawn even if it is not used, as published: the noise after it depends on that
+        drawn = noise.randint(self.label_dim, size=[count])
+        return drawn if labels is None else to_device(torch.tensor(labels, dtype=torch.int64), self.device)
 
     def _one_hot(self, classes: Tensor | None) -> Tensor | None:
-        return None if classes is None else nn.functional.one_hot(classes, self.label_dim).float()
+        """(B, label_dim) float32; torch's own one_hot looks at the values, which a capture does not allow."""
+        if classes is None:
+            return None
+        return (classes[:, None] == torch.arange(self.label_dim, device=classes.device)).float()
 
     def _prepare(self, sampler: str, steps: int, options: Mapping[str, Any]) -> _Prepared:
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
-        key = (sampler, steps, tuple(sorted(values.items())), self.device)
-        prepared = self._plans.get(key)
-        if prepared is None:
-            plan = plan_of(self._net, sampler, steps, values)
-            levels = torch.tensor(plan.levels, dtype=torch.float64).to(self.device)
-            coefficients = torch.tensor(plan.coefficients, dtype=torch.float64).to(self.device)
-            prepared = self._plans[key] = _Prepared(plan, levels, coefficients)
-            if len(self._plans) > _PLANS_KEPT:
-                self._plans.popitem(last=False)
-        else:
+        device = self.device
+        key = (sampler, steps, tuple(sorted(values.items())), device)
+        with self._lock:
+            prepared = self._plans.get(key)
+            if prepared is None:
+                prepared = self._plans[key] = _Prepared(plan_of(self._net, sampler, steps, values), device)
+                if len(self._plans) > _PLANS_KEPT:
+                    self._plans.popitem(last=False)
             self._plans.move_to_end(key)
-        return prepared
+            return prepared
 
     def _conditioning(self, prepared: _Prepared) -> Conditioning:
         return self._net.conditioning(prepared.plan.levels)
@@ -195,13 +254,16 @@ class Engine:
         return {"levels": conditioning.device_coefficients, "conditioning": conditioning.held}
 
     def _run(
-        self, prepared: _Prepared, inputs: Mapping[str, Tensor], output: Output, coefficients: Tensor | None
+        self, prepared: _Prepared, inputs: Mapping[str, Tensor], output: Output, coefficients: Tensor | None = None
     ) -> Tensor:
-        """The generation itself: what is replayed on CUDA. Nothing here waits for the device."""
+        """The generation itself: what is replayed on CUDA. Nothing here waits for the device.
+
+        Args:
+            coefficients: in place of the plan's own, to be inputs of a graph.
+        """
         plan, net, labels = prepared.plan, self._net, inputs.get("labels")
         module = extension.module()
         draws = [inputs[f"draw{i}"] for i in range(plan.draws)] if "seeds" not in inputs else []
-        shape = (self.img_channels, self.img_resolution, self.img_resolution)
         if isinstance(net, OptimizedNet) and net.native is not None and module is not None:
             weight, bias = self._conditioning(prepared).affines
             return module.generate(  # type: ignore[no-any-return]
@@ -214,12 +276,12 @@ class Engine:
                 labels=labels,
                 draws=draws,
                 seeds=inputs.get("seeds"),
-                shape=shape,
+                shape=self._shape,
                 coefficients=coefficients,
                 bytes=output == "uint8",
             )
         if not draws:
-            draws = [functional.philox_normal(inputs["seeds"], i, shape) for i in range(plan.draws)]
+            draws = [functional.philox_normal(inputs["seeds"], i, self._shape) for i in range(plan.draws)]
         images = run_plan(plan, self._denoiser(prepared, inputs), draws, coefficients)
         return functional.to_uint8(images) if output == "uint8" else images.float()
 

@@ -41,6 +41,9 @@ class ImageGenerator:
         noise: "torch", the published draws of each seed, or "philox", other draws that are made faster.
         consume: the network will not be used elsewhere: its memory is freed while the inference copy is made.
 
+    Attributes:
+        engine: what generates; `engine.graphs` tells what is captured on CUDA, and clears it.
+
     Raises:
         SignFastError: an unknown role, dtype or noise, or a network that does not fit.
     """
@@ -59,7 +62,7 @@ class ImageGenerator:
         check_choices(dtype, noise)
         self.role = role
         self._traits = NetworkTraits.of(net)
-        self._engine = Engine(net, dtype=dtype, consume=consume, noise=noise)
+        self.engine = Engine(net, dtype=dtype, consume=consume, noise=noise)
 
     @classmethod
     def from_pretrained(
@@ -88,22 +91,22 @@ class ImageGenerator:
     @property
     def net(self) -> Any:
         """What generates: the inference copy of a network of `sign_fast.models`, otherwise the denoiser given."""
-        return self._engine.net
+        return self.engine.net
 
     @property
     def device(self) -> torch.device:
         """Where the network is."""
-        return self._engine.device
+        return self.engine.device
 
     @property
     def label_dim(self) -> int:
         """Number of classes, 0 for an unconditional network."""
-        return self._engine.label_dim
+        return self.engine.label_dim
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
-        return self._engine.img_channels, self._engine.img_resolution, self._engine.img_resolution
+        return self.engine.img_channels, self.engine.img_resolution, self.engine.img_resolution
 
     @property
     def sampler(self) -> str:
@@ -229,11 +232,13 @@ class ImageGenerator:
             steps = DEFAULT_STEPS[self.role]
             if sampler == "multistep" and isinstance(options.get("noise_levels"), Sequence):
                 steps = len(options["noise_levels"]) + 1
-        return check_request(self._traits, seeds, sampler, steps, labels, output, options, self._engine.noise)
+        request = check_request(self._traits, seeds, sampler, steps, labels, output, options, self.engine.noise)
+        self.engine.check(request.sampler, request.steps, request.options)
+        return request
 
     def _generate(self, request: Request) -> Tensor:
         r = request
-        return self._engine.generate(r.seeds, r.sampler, r.steps, r.labels, r.output, **r.options)
+        return self.engine.generate(r.seeds, r.sampler, r.steps, r.labels, r.output, **r.options)
 
     @cached_property
     def _ring(self) -> PinnedRing | None:

@@ -76,7 +76,7 @@ class _Graph:
     inputs: dict[str, Tensor]
     addresses: tuple[Any, ...]
     pool_bytes: int
-    copied: dict[str, weakref.ref[Tensor]] = field(default_factory=dict)
+    copied: dict[str, tuple[weakref.ref[Tensor], int]] = field(default_factory=dict)
 
     @property
     def input_bytes(self) -> int:
@@ -86,10 +86,12 @@ class _Graph:
         for name, static in self.inputs.items():
             source = inputs[name]
             if name in constant:
-                last = self.copied.get(name)
-                if last is not None and last() is source:
+                # a tensor made in inference mode does not count its writes, and cannot be written to outside of it
+                version = 0 if source.is_inference() else source._version
+                last, copied = self.copied.get(name, (None, 0))
+                if last is not None and last() is source and copied == version:
                     continue
-                self.copied[name] = weakref.ref(source)
+                self.copied[name] = weakref.ref(source), version
             static.copy_(source, non_blocking=True)
 
 
@@ -161,7 +163,7 @@ class Graphs:
                 graph reads them where they lie: values written in place count, a tensor put in the place of another
                 is noticed and costs a new capture.
             rows: return only the first ones.
-            constant: names of inputs whose tensors are never written to: copied only when it is another tensor.
+            constant: names of inputs that seldom change: copied only where it is another tensor, or was written to.
 
         Returns:
             (rows or bucket, …), the caller's own.

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import functional
 from ..errors import SignFastError, short, whole_number
 from ..kernels import extension
+from .transfer import to_device
 
 MOST_SEEDS = 100_000_000
 """How many `parse_seeds` writes out: a list of more takes gigabytes, and is a slip of the hand."""
@@ -94,7 +95,7 @@ class PhiloxNoise:
     _LABELS = (1 << 32) - 1  # the last stream: no sampler makes so many draws
 
     def __init__(self, device: str | torch.device, seeds: Iterable[int]) -> None:
-        self.seeds = torch.tensor(list(seeds), dtype=torch.int64).to(device)
+        self.seeds = to_device(torch.tensor(list(seeds), dtype=torch.int64), torch.device(device))
         self._draws = 0
 
     def randn(self, size: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:

@@ -191,8 +191,9 @@ def _check_options(name: str, sampler: Sampler, options: dict[str, Any]) -> None
         has = f"it has {', '.join(known)}" if known else "it has none"
         raise SignFastError(f"sampler {name} has no option {', '.join(unknown)}: {has}")
     for option, value in options.items():
-        number = known[option] is None or isinstance(known[option], Real)
-        if number and value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+        default = known[option]
+        number = default is None or isinstance(default, Real)
+        if number and not (value is default is None) and (isinstance(value, bool) or not isinstance(value, Real)):
             raise SignFastError(f"option {option} of sampler {name} must be a number, not {value!r}")
 
 

@@ -1,4 +1,4 @@
-"""Images from the GPU to the host while the GPU goes on: pinned buffers, a copy stream, events."""
+"""Between host and GPU while both go on: pinned buffers, a copy stream, events."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ import torch
 from torch import Tensor
 
 Array = npt.NDArray[Any]
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`; from memory that is not pinned the copy would wait for all work before it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class Transfer:

@@ -12,8 +12,11 @@ import torch
 from stand_in_capture import StandIn
 from test_generate import run
 
+from sign_fast import models, optimize
 from sign_fast.cli.info import gather
+from sign_fast.inference.launches import launches
 from sign_fast.kernels import extension
+from sign_fast.models import presets
 from sign_fast.sampling.graphs import GraphKey, Graphs
 
 
@@ -46,6 +49,33 @@ def test_info_gives_the_reason(capfd):
     words = [sys.executable, "-m", "sign_fast.cli", "info"]
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert "switched off by SIGN_FAST_DISABLE_EXT=1" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "network", "sampler"),
+    [
+        ("digits-cond", "float32", "EDMPrecond, 1x8x8, 10 classes, ", "edm"),
+        ("digits-uncond", "bfloat16", "EDMPrecond, 1x8x8, 0 classes, ", "edm"),
+    ],
+)
+def test_info_tells_of_a_network(capfd, name, dtype, network, sampler):
+    pytest.importorskip("triton")
+    status, out, _ = run(capfd, "info", "--json", "--network", name, "--dtype", dtype, "--device", "cpu")
+    facts = json.loads(out)[f"network {name}"]
+    assert status == 0 and set(facts) == {"network", "launches of a forward", "inference copy", "conditioning"}
+    assert facts["network"].startswith(network) and facts["conditioning"].endswith(sampler)
+    net = models.load(name, "cpu")
+    before, after = launches(net, dtype=getattr(torch, dtype)), optimize(net, getattr(torch, dtype)).launches()
+    assert after.total() < before.total()
+    assert facts["launches of a forward"].startswith(f"{before.total()} plain, {after.total()} optimized")
+
+
+def test_info_of_a_preset_and_of_nothing(capfd, monkeypatch):
+    monkeypatch.setitem(presets._table(), "tiny", presets._table()["digits-uncond"])
+    status, out, _ = run(capfd, "info", "--network", "tiny", "--device", "cpu")
+    assert status == 0 and "network tiny\n" in out and "EDMPrecond, 1x8x8" in out and "for the default sampler" in out
+    status, out, err = run(capfd, "info", "--network", "nowhere")
+    assert status == 1 and not out and "nowhere" in err and err.count("\n") == 1
 
 
 def test_evaluate(tmp_path, capfd):

@@ -179,6 +179,11 @@ def test_copy_state_and_moves(cond):
     other.load_state_dict(optimized.state_dict())
     assert torch.equal(other(x, sigma, labels), want)
     assert torch.equal(other(x, 2.5), optimized(x, 2.5))
+    assigned = optimize(network("ddpmpp-cond", seed=2))
+    assigned(x, 2.5)
+    assigned.load_state_dict(optimized.state_dict(), assign=True)
+    assert torch.equal(assigned(x, sigma, labels), want)
+    assert torch.equal(assigned(x, 2.5), optimized(x, 2.5))
     with pytest.raises(SignFastError, match="keeps its dtype"):
         optimized.half()
     assert torch.equal(optimized(x, sigma, labels), want)
