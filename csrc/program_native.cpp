@@ -18,7 +18,8 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kFloats = 32 << 20;  // of all buffers together; more images than fit in are run in parts
+// Of all buffers together; more images than fit in are run in parts. Larger parts are slower: they leave the cache.
+constexpr int64_t kFloats = 8 << 20;
 
 // Where each buffer lies, in elements of an image: buffers that live at different times share memory.
 struct Layout {

@@ -193,3 +193,18 @@ def program_inputs(program: Program, batch: int, seed: int, shared_rows: bool = 
     x = torch.randn(batch, b.channels, b.height, b.width, generator=generator)
     rows = 0.3 * torch.randn(1 if shared_rows else batch, program.width, generator=generator)
     return x, rows
+
+
+def large_images(channels: int, side: int = 256) -> Program:
+    """x -> x + 1×1 convolution of the norm of a 1×1 convolution of x: all memory, hardly any work."""
+    writer = _Writer(0)
+    x, h, normed, y = (writer.buffer(c, side, side) for c in (1, channels, channels, 1))
+    first, last = (writer.constant(writer.normal(*shape)) for shape in ((channels, 1, 1, 1), (1, channels, 1, 1)))
+    emb = Columns(0, channels)
+    norm = Norm((h,), normed, 4, 1e-5, writer.vector(channels, 1), writer.vector(channels), None, emb)
+    operations = (
+        Convolution((x,), h, first, None, 0),
+        norm,
+        Convolution((normed,), y, last, None, 0, residual=x),
+    )
+    return Program(operations, tuple(writer.buffers), tuple(writer.constants), y, channels)

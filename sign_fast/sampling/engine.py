@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -96,6 +97,7 @@ class Engine:
         self._max_graphs = max_graphs
         self._token = next(_tokens)
         self._plans: OrderedDict[Any, _Prepared] = OrderedDict()
+        self._lock = threading.Lock()
         self.img_resolution: int = net.img_resolution
         self.img_channels: int = net.img_channels
         self.label_dim: int = getattr(net, "label_dim", 0)
@@ -172,17 +174,17 @@ class Engine:
     def _prepare(self, sampler: str, steps: int, options: Mapping[str, Any]) -> _Prepared:
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
         key = (sampler, steps, tuple(sorted(values.items())), self.device)
-        prepared = self._plans.get(key)
-        if prepared is None:
-            plan = plan_of(self._net, sampler, steps, values)
-            levels = torch.tensor(plan.levels, dtype=torch.float64).to(self.device)
-            coefficients = torch.tensor(plan.coefficients, dtype=torch.float64).to(self.device)
-            prepared = self._plans[key] = _Prepared(plan, levels, coefficients)
-            if len(self._plans) > _PLANS_KEPT:
-                self._plans.popitem(last=False)
-        else:
+        with self._lock:
+            prepared = self._plans.get(key)
+            if prepared is None:
+                plan = plan_of(self._net, sampler, steps, values)
+                levels = torch.tensor(plan.levels, dtype=torch.float64).to(self.device)
+                coefficients = torch.tensor(plan.coefficients, dtype=torch.float64).to(self.device)
+                prepared = self._plans[key] = _Prepared(plan, levels, coefficients)
             self._plans.move_to_end(key)
-        return prepared
+            while len(self._plans) > _PLANS_KEPT:
+                self._plans.popitem(last=False)
+            return prepared
 
     def _conditioning(self, prepared: _Prepared) -> Conditioning:
         return self._net.conditioning(prepared.plan.levels)

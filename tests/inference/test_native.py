@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from golden_rules import relative_error
+from network_cases import network
 from oracle import assert_close
-from program_cases import in_dtype, program_inputs, random_program
+from program_cases import in_dtype, large_images, program_inputs, random_program
 from sign_fast import models, optimize
 from sign_fast.errors import SignFastError
 from sign_fast.inference import reference
 from sign_fast.kernels import extension
+from sign_fast.sampling import engine
 
 pytestmark = pytest.mark.skipif(extension.module() is None, reason=f"{extension.missing()}")
 
@@ -87,9 +92,62 @@ def test_no_images():
     assert reference.run(net.program, x, rows).shape == x.shape
 
 
+@torch.no_grad()
+def test_engine_in_many_threads(monkeypatch):
+    """More plans than are kept come and go; batches differ. Images are those of one thread."""
+    monkeypatch.setattr(engine, "_PLANS_KEPT", 1)
+    generator = engine.Engine(models.load("digits-cond", "cpu"))
+    calls = [(list(range(1 + i % 5)), "edm" if i % 2 else "few_step", 1 + i % 3) for i in range(30)]
+    want = [generator.generate(*call, None) for call in calls]
+
+    def run(_):
+        for i in range(3000):  # the plans alone, which threads race for
+            generator._prepare("one_step", 1, {"sigma": 2.0 + i % 3})
+        return all(torch.equal(generator.generate(*call, None), image) for call, image in zip(calls, want, strict=True))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(run, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+
+
 def test_a_lean_network_loads_nothing():
     lean = optimize(models.load("digits-uncond", "cpu"), lean=True)
     state = optimize(models.load("digits-uncond", "cpu")).state_dict()
     for given in (state, {}):
         with pytest.raises(SignFastError, match="cannot be loaded"):
             lean.load_state_dict(given, strict=False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shared_rows", [True, False])
+def test_a_large_batch_is_run_in_parts(shared_rows):
+    """What an image becomes is the same in every bit, and the memory is that of a part."""
+    program = large_images(24)
+    native, batch = executor(program), 11
+    packed = native.bytes
+    x, rows = program_inputs(program, batch, seed=1, shared_rows=shared_rows)
+    coefficients = torch.tensor([0.5, 0.75, 0.25])
+    whole, denoised = native.run(x, rows), native.denoise(x, rows, coefficients)
+    assert native.bytes - packed < 40 * 2**20 < batch * 4 * 2 * 24 * 256**2
+    for i in range(batch):
+        own = rows if shared_rows else rows[i : i + 1]
+        assert torch.equal(native.run(x[i : i + 1], own), whole[i : i + 1])
+        assert torch.equal(native.denoise(x[i : i + 1], own, coefficients), denoised[i : i + 1])
+
+
+@torch.no_grad()
+def test_threads_with_batches_of_their_own():
+    net = optimize(network("ddpmpp-cond"))
+    calls = [program_inputs(net.program, batch, seed=batch) for batch in (1, 7, 2, 5, 3, 1, 4, 6)]
+    want = [net.native.run(*call) for call in calls]
+
+    def run(i):
+        with torch.no_grad():
+            return all(torch.equal(net.native.run(*calls[j % 8]), want[j % 8]) for j in range(i, i + 16))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, range(8)))
