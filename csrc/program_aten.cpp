@@ -123,22 +123,19 @@ class AtenExecutor final : public Executor {
       const std::array<int64_t, 2> one{1, 1}, pad{o.padding, o.padding};
       y = at::conv2d(x, f.weight, f.early, one, pad);
     }
-    if (f.late) y.add_(f.late->view({1, -1, 1, 1}));
     if (residual && o.residual_up) {
       // each pixel of the residual beside the 2×2 that it is added to
       const Tensor squares = y.view({y.size(0), out.channels, out.height / 2, 2, out.width / 2, 2});
       squares.add_(residual->unsqueeze(3).unsqueeze(5), o.residual_scale);
-    } else if (residual) {
-      y.add_(*residual, o.residual_scale);
+      residual.reset();
     }
-    if (o.scale != 1) y.mul_(o.scale);
-    buffers[o.output] = y;
+    buffers[o.output] = epilogue(y, f.late, residual, o.residual_scale, o.scale);
   }
 
-  // Whether operation i is the last to read a buffer, and reads it as its residual only
+  // Whether operation i is the last to read a buffer, and reads it as its residual only; buffer 0 can be the caller's
   bool ends(size_t i, int64_t buffer) const {
     const auto& inputs = std::get<ConvolutionOperation>(data_.operations[i]).inputs;
-    return std::find(uses_[i].begin(), uses_[i].end(), buffer) != uses_[i].end() &&
+    return buffer != 0 && std::find(uses_[i].begin(), uses_[i].end(), buffer) != uses_[i].end() &&
            std::find(inputs.begin(), inputs.end(), buffer) == inputs.end();
   }
 
@@ -152,10 +149,9 @@ class AtenExecutor final : public Executor {
   }
 
   void apply(size_t, const FilterOperation& o, std::vector<Tensor>& buffers, const Tensor&) const {
-    Tensor y = resample(buffers[o.input], *constant(o.filter), o.up, o.padding);
-    if (const OptionalTensor bias = constant(o.bias)) y.add_(bias->to(dtype_).view({1, -1, 1, 1}));
-    y = add_residual(y, buffer(buffers, o.residual), o.scale);
-    buffers[o.output] = y.contiguous(at::MemoryFormat::ChannelsLast);
+    const Tensor y = resample(buffers[o.input], *constant(o.filter), o.up, o.padding);
+    buffers[o.output] = epilogue(y, constant(o.bias), buffer(buffers, o.residual), 1, o.scale)
+                            .contiguous(at::MemoryFormat::ChannelsLast);
   }
 
   void apply(size_t, const NormOperation& o, std::vector<Tensor>& buffers, const Tensor& rows) const {

@@ -7,8 +7,10 @@ namespace sign_fast {
 
 using at::Tensor;
 
-Tensor add_residual(Tensor y, const std::optional<Tensor>& residual, double scale) {
-  if (residual) y.add_(*residual);
+Tensor epilogue(Tensor y, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                double residual_scale, double scale) {
+  if (bias) y.add_(bias->view({1, -1, 1, 1}));
+  if (residual) y.add_(*residual, residual_scale);
   if (scale != 1) y.mul_(scale);
   return y;
 }
@@ -23,15 +25,13 @@ Tensor resample(const Tensor& x, const Tensor& kernel, bool up, int64_t padding)
 
 void filter(const Tensor& x, const Tensor& kernel, bool up, int64_t padding, const std::optional<Tensor>& bias,
             const std::optional<Tensor>& residual, double scale, const Tensor& y) {
-  Tensor r = resample(x, kernel, up, padding);
-  if (bias) r.add_(bias->to(r.scalar_type()).view({1, -1, 1, 1}));
-  y.copy_(add_residual(r, residual, scale));
+  y.copy_(epilogue(resample(x, kernel, up, padding), bias, residual, 1, scale));
 }
 
 void padded_convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t padding,
-                        const std::optional<Tensor>& residual, double scale, const Tensor& y) {
+                        const std::optional<Tensor>& residual, double residual_scale, double scale, const Tensor& y) {
   const std::array<int64_t, 2> one{1, 1}, pad{padding, padding};
-  y.copy_(add_residual(at::conv2d(x, weight, bias, one, pad), residual, scale));
+  y.copy_(epilogue(at::conv2d(x, weight, bias, one, pad), {}, residual, residual_scale, scale));
 }
 
 }  // namespace sign_fast

@@ -8,17 +8,19 @@
 
 namespace sign_fast {
 
-// y = (conv(x) + bias + residual)·scale into the memory of y
+// y = (conv(x) + bias + residual·residual_scale)·scale into the memory of y
 void padded_convolution(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                        int64_t padding, const std::optional<at::Tensor>& residual, double scale, const at::Tensor& y);
+                        int64_t padding, const std::optional<at::Tensor>& residual, double residual_scale, double scale,
+                        const at::Tensor& y);
 
-// y = (resample(x) + bias + residual)·scale: depthwise, stride 2, transposed where it goes up
+// y = (resample(x) + bias + residual)·scale into the memory of y: depthwise, stride 2, transposed where it goes up
 void filter(const at::Tensor& x, const at::Tensor& kernel, bool up, int64_t padding,
             const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& residual, double scale,
             const at::Tensor& y);
 
-// the same two, allocating their results
+// the parts of both: the first allocates its result, the second works in y's memory
 at::Tensor resample(const at::Tensor& x, const at::Tensor& kernel, bool up, int64_t padding);
-at::Tensor add_residual(at::Tensor y, const std::optional<at::Tensor>& residual, double scale);
+at::Tensor epilogue(at::Tensor y, const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& residual,
+                    double residual_scale, double scale);
 
 }  // namespace sign_fast

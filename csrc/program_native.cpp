@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/from_blob.h>
+#include <ATen/ops/resolve_neg.h>
 
 #include <algorithm>
 #include <numeric>
@@ -17,6 +18,9 @@ namespace sign_fast {
 namespace {
 
 using at::Tensor;
+
+// Of all buffers together; more images than fit in are run in parts. Larger parts are slower: they leave the cache.
+constexpr int64_t kFloats = 8 << 20;
 
 // Where each buffer lies, in elements of an image: buffers that live at different times share memory.
 struct Layout {
@@ -65,10 +69,19 @@ struct Native {
   std::unique_ptr<PackedConvolution> convolution;
 };
 
-// Memory of one run: the buffers and the kernels' scratch.
-struct Scratch {
-  int64_t batch = 0;
-  Tensor memory, workspace;
+// The buffers and the kernels' scratch, for up to so many images and threads.
+struct Memory {
+  int64_t images = 0;
+  int threads = 0;
+  Tensor buffers, workspace;
+};
+
+// What the operations of one run work on.
+struct Run {
+  float *buffers, *workspace;
+  int64_t batch;
+  const float* rows;
+  int64_t row;  // from one image's row to the next: 0 where they share one
 };
 
 class NativeExecutor final : public Executor {
@@ -83,37 +96,38 @@ class NativeExecutor final : public Executor {
   }
 
   Tensor run(const Tensor& x, const Tensor& rows) override {
-    const int64_t batch = check(x, rows);
-    Scratch scratch = take(batch);
-    float* input = at(scratch, 0);
-    transpose_in(x.to(at::kFloat).contiguous(), input, 1.f);
-    execute(scratch, rows);
+    check(x, rows);
+    const Tensor images = plain(x);
     const Buffer& shape = buffers_[output_];
-    Tensor y = at::empty({batch, shape.channels, shape.height, shape.width},
-                         x.options().dtype(at::kFloat).memory_format(at::MemoryFormat::ChannelsLast));
-    std::copy_n(at(scratch, output_), y.numel(), y.data_ptr<float>());
-    give_back(std::move(scratch));
+    Tensor y = at::empty({x.size(0), shape.channels, shape.height, shape.width},
+                         images.options().memory_format(at::MemoryFormat::ChannelsLast));
+    float* to = y.data_ptr<float>();
+    in_parts(images, rows, 1.f, [&](int64_t first, int64_t count, const float* f) {
+      std::copy_n(f, count * shape.size(), to + first * shape.size());
+    });
     return y;
   }
 
   Tensor denoise(const Tensor& x, const Tensor& rows, const Tensor& coefficients) override {
-    const int64_t batch = check(x, rows);
-    TORCH_CHECK(coefficients.numel() == 3 && coefficients.scalar_type() == at::kFloat && coefficients.is_contiguous(),
-                "coefficients must be c_skip, c_out, c_in in float32");
-    const float* c = coefficients.const_data_ptr<float>();
-    const Tensor state = x.to(at::kFloat).contiguous();
-    Scratch scratch = take(batch);
-    transpose_in(state, at(scratch, 0), c[2]);
-    execute(scratch, rows);
+    check(x, rows);
+    TORCH_CHECK(coefficients.numel() == 3 && coefficients.is_cpu() && coefficients.scalar_type() == at::kFloat &&
+                    coefficients.is_contiguous(),
+                "coefficients must be c_skip, c_out, c_in in float32 on the CPU");
     const Buffer& shape = buffers_[output_];
-    Tensor y = at::empty_like(state);
-    const float *f = at(scratch, output_), *from = state.const_data_ptr<float>();
-    float* to = y.data_ptr<float>();
+    TORCH_CHECK(shape.size() == buffers_[0].size(), "a denoiser's output has the shape of its input");
+    const float* c = coefficients.const_data_ptr<float>();
+    const Tensor images = plain(x);
+    Tensor y = at::empty_like(images);
+    float* result = y.data_ptr<float>();
     const int64_t pixels = shape.height * shape.width;
-    for (int64_t b = 0; b < batch; ++b, f += shape.size())
-      for (int64_t channel = 0; channel < shape.channels; ++channel)
-        for (int64_t p = 0; p < pixels; ++p, ++from, ++to) *to = c[0] * *from + c[1] * f[p * shape.channels + channel];
-    give_back(std::move(scratch));
+    in_parts(images, rows, c[2], [&](int64_t first, int64_t count, const float* f) {
+      const float* from = images.const_data_ptr<float>() + first * shape.size();
+      float* to = result + first * shape.size();
+      for (int64_t b = 0; b < count; ++b, f += shape.size())
+        for (int64_t channel = 0; channel < shape.channels; ++channel)
+          for (int64_t p = 0; p < pixels; ++p, ++from, ++to)
+            *to = c[0] * *from + c[1] * f[p * shape.channels + channel];
+    });
     return y;
   }
 
@@ -122,7 +136,7 @@ class NativeExecutor final : public Executor {
     for (const Native& o : operations_)
       if (o.convolution) sum += o.convolution->bytes();
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (spare_.batch) sum += 4 * (spare_.memory.numel() + spare_.workspace.numel());
+    if (spare_.images) sum += 4 * (spare_.buffers.numel() + spare_.workspace.numel());
     return sum;
   }
 
@@ -134,7 +148,7 @@ class NativeExecutor final : public Executor {
   std::vector<Native> operations_;
   FreedMemory freed_;
   mutable std::mutex mutex_;
-  Scratch spare_;  // of the last run: another batch size, or a second thread, brings its own
+  Memory spare_;  // of the last run; a second thread brings its own
 
   void add(const Operation& operation, const std::vector<Tensor>& constants, bool consume) {
     Native native{operation, nullptr};
@@ -175,7 +189,7 @@ class NativeExecutor final : public Executor {
     operations_.push_back(std::move(native));
   }
 
-  int64_t check(const Tensor& x, const Tensor& rows) const {
+  void check(const Tensor& x, const Tensor& rows) const {
     const Buffer& in = buffers_[0];
     TORCH_CHECK(x.dim() == 4 && x.size(1) == in.channels && x.size(2) == in.height && x.size(3) == in.width,
                 "images must be (B, ", in.channels, ", ", in.height, ", ", in.width, "), not ", x.sizes());
@@ -183,122 +197,135 @@ class NativeExecutor final : public Executor {
     TORCH_CHECK(rows.dim() == 2 && rows.size(1) == width_ && (rows.size(0) == 1 || rows.size(0) == x.size(0)) &&
                     rows.scalar_type() == at::kFloat && rows.is_contiguous(),
                 "rows must be contiguous (1 or B, ", width_, ") float32");
-    return x.size(0);
   }
 
-  Scratch take(int64_t batch) {
+  // (B, C, H, W) dense, float32
+  static Tensor plain(const Tensor& x) { return x.to(at::kFloat).resolve_neg().contiguous(); }
+
+  Memory take(int64_t images) {
+    const int threads = at::get_num_threads();
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      if (spare_.batch == batch) return std::exchange(spare_, Scratch{});
+      if (spare_.images >= images && spare_.threads >= threads) return std::exchange(spare_, {});
       spare_ = {};  // before the new one is allocated: never two at a time
     }
     int64_t workspace = 0;
     for (const Native& native : operations_) {
-      if (native.convolution)
-        workspace = std::max(workspace, native.convolution->workspace(batch, at::get_num_threads()));
+      if (native.convolution) workspace = std::max(workspace, native.convolution->workspace(images, threads));
       if (const auto* o = std::get_if<AttentionOperation>(&native.operation)) {
         const Buffer& out = buffers_[o->output];
-        workspace = std::max(workspace, attention_workspace(out.height * out.width, out.channels / o->heads,
-                                                            at::get_num_threads()));
+        workspace = std::max(workspace, attention_workspace(out.height * out.width, out.channels / o->heads, threads));
       }
     }
     const auto options = at::TensorOptions().dtype(at::kFloat);
-    return {batch, at::empty({layout_.size * batch}, options), at::empty({workspace}, options)};
+    return {images, threads, at::empty({layout_.size * images}, options), at::empty({workspace}, options)};
   }
 
-  void give_back(Scratch scratch) {
+  void give_back(Memory memory) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    spare_ = std::move(scratch);
+    if (memory.images >= spare_.images) spare_ = std::move(memory);
   }
 
-  float* at(const Scratch& scratch, int64_t buffer) const {
-    return scratch.memory.data_ptr<float>() + layout_.offsets[buffer] * scratch.batch;
+  // Runs all images, as many at a time as memory allows: use(first, count, F of these images, pixel by pixel).
+  template <typename Use>
+  void in_parts(const Tensor& x, const Tensor& rows, float factor, const Use& use) {
+    const int64_t batch = x.size(0), most = std::max<int64_t>(1, kFloats / layout_.size);
+    if (batch == 0) return;
+    const int64_t parts = (batch + most - 1) / most, images = (batch + parts - 1) / parts;
+    Memory memory = take(images);
+    const int64_t row = rows.size(0) == 1 ? 0 : width_;
+    for (int64_t first = 0; first < batch; first += images) {
+      const int64_t count = std::min(images, batch - first);
+      const Run run{memory.buffers.data_ptr<float>(), memory.workspace.data_ptr<float>(), count,
+                    rows.const_data_ptr<float>() + first * row, row};
+      transpose_in(x.const_data_ptr<float>() + first * buffers_[0].size(), factor, run);
+      for (const Native& native : operations_)
+        std::visit([&](const auto& o) { apply(native, o, run); }, native.operation);
+      use(first, count, at(run, output_));
+    }
+    give_back(std::move(memory));
   }
+
+  float* at(const Run& run, int64_t buffer) const { return run.buffers + layout_.offsets[buffer] * run.batch; }
 
   const float* constant(int64_t index) const {
     return index == kNone ? nullptr : constants_[index].const_data_ptr<float>();
   }
 
-  // (B, C, H, W) contiguous -> factor·x, pixel by pixel
-  void transpose_in(const Tensor& x, float* to, float factor) const {
-    const float* from = x.const_data_ptr<float>();
+  // (B, C, H, W) dense -> factor·x, pixel by pixel, as the first buffer
+  void transpose_in(const float* from, float factor, const Run& run) const {
     const Buffer& shape = buffers_[0];
     const int64_t pixels = shape.height * shape.width;
-    for (int64_t b = 0; b < x.size(0); ++b, from += shape.size())
+    float* to = at(run, 0);
+    for (int64_t b = 0; b < run.batch; ++b, from += shape.size())
       for (int64_t p = 0; p < pixels; ++p)
         for (int64_t c = 0; c < shape.channels; ++c) *to++ = factor * from[c * pixels + p];
   }
 
-  void execute(const Scratch& scratch, const Tensor& rows) const {
-    if (scratch.batch == 0) return;
-    for (const Native& native : operations_)
-      std::visit([&](const auto& o) { apply(native, o, scratch, rows); }, native.operation);
-  }
-
-  void apply(const Native& native, const ConvolutionOperation& o, const Scratch& scratch, const Tensor&) const {
+  void apply(const Native& native, const ConvolutionOperation& o, const Run& run) const {
     if (native.convolution) {
       ConvolutionArgs args{};
-      for (size_t i = 0; i < o.inputs.size(); ++i) args.x[i] = at(scratch, o.inputs[i]);
-      args.batch = scratch.batch;
-      args.residual = o.residual == kNone ? nullptr : at(scratch, o.residual);
+      for (size_t i = 0; i < o.inputs.size(); ++i) args.x[i] = at(run, o.inputs[i]);
+      args.batch = run.batch;
+      args.residual = o.residual == kNone ? nullptr : at(run, o.residual);
       args.residual_up = o.residual_up;
       args.residual_scale = static_cast<float>(o.residual_scale);
       args.scale = static_cast<float>(o.scale);
-      args.y = at(scratch, o.output);
-      native.convolution->run(args, scratch.workspace.data_ptr<float>());
+      args.y = at(run, o.output);
+      native.convolution->run(args, run.workspace);
       return;
     }
     TORCH_CHECK(o.inputs.size() == 1 && o.resampling == Resampling::None, "unusual padding of an unusual convolution");
-    padded_convolution(view(scratch, o.inputs[0]), constants_[o.weight], optional(o.bias), o.padding,
-                       residual(scratch, o.residual), o.scale, view(scratch, o.output));
+    padded_convolution(view(run, o.inputs[0]), constants_[o.weight], optional(o.bias), o.padding,
+                       residual(run, o.residual), o.residual_scale, o.scale, view(run, o.output));
   }
 
-  void apply(const Native&, const FilterOperation& o, const Scratch& scratch, const Tensor&) const {
-    filter(view(scratch, o.input), constants_[o.filter], o.up, o.padding, optional(o.bias),
-           residual(scratch, o.residual), o.scale, view(scratch, o.output));
+  void apply(const Native&, const FilterOperation& o, const Run& run) const {
+    filter(view(run, o.input), constants_[o.filter], o.up, o.padding, optional(o.bias),
+           residual(run, o.residual), o.scale, view(run, o.output));
   }
 
-  void apply(const Native&, const NormOperation& o, const Scratch& scratch, const Tensor& rows) const {
+  void apply(const Native&, const NormOperation& o, const Run& run) const {
     GroupNormArgs args{};
-    describe(args, o.inputs, o.groups, o.eps, o.weight, o.bias, o.silu, scratch);
+    describe(args, o.inputs, o.groups, o.eps, o.weight, o.bias, o.silu, run);
     const auto column = [&](const Columns& columns, const float*& data, int64_t& row) {
       if (!columns) return;
-      data = rows.const_data_ptr<float>() + columns.start;
-      row = rows.size(0) == 1 ? 0 : width_;
+      data = run.rows + columns.start;
+      row = run.row;
     };
     column(o.emb, args.emb, args.emb_row);
     column(o.scale, args.scale, args.scale_row);
     column(o.shift, args.shift, args.shift_row);
     args.input_bias = constant(o.input_bias);
-    args.y = at(scratch, o.output);
+    args.y = at(run, o.output);
     norm(args);
   }
 
-  void apply(const Native&, const JoinNormOperation& o, const Scratch& scratch, const Tensor&) const {
+  void apply(const Native&, const JoinNormOperation& o, const Run& run) const {
     GroupNormArgs args{};
-    describe(args, {o.input}, o.groups, o.eps, o.weight, o.bias, o.silu, scratch);
-    args.skip = at(scratch, o.skip);
+    describe(args, {o.input}, o.groups, o.eps, o.weight, o.bias, o.silu, run);
+    args.skip = at(run, o.skip);
     args.join_bias = constant(o.join_bias);
     args.skip_scale = static_cast<float>(o.skip_scale);
-    args.r = at(scratch, o.sum);
-    args.y = at(scratch, o.output);
+    args.r = at(run, o.sum);
+    args.y = at(run, o.output);
     norm(args);
   }
 
-  void apply(const Native&, const AttentionOperation& o, const Scratch& scratch, const Tensor&) const {
+  void apply(const Native&, const AttentionOperation& o, const Run& run) const {
     const Buffer& out = buffers_[o.output];
-    attention(at(scratch, o.input), scratch.batch, out.height * out.width, o.heads, out.channels / o.heads,
-              at(scratch, o.output), scratch.workspace.data_ptr<float>());
+    attention(at(run, o.input), run.batch, out.height * out.width, o.heads, out.channels / o.heads,
+              at(run, o.output), run.workspace);
   }
 
   void describe(GroupNormArgs& args, const std::vector<int64_t>& inputs, int64_t groups, double eps, int64_t weight,
-                int64_t bias, bool silu, const Scratch& scratch) const {
+                int64_t bias, bool silu, const Run& run) const {
     const Buffer& first = buffers_[inputs[0]];
-    args.x = at(scratch, inputs[0]);
-    args.batch = scratch.batch;
+    args.x = at(run, inputs[0]);
+    args.batch = run.batch;
     args.first_channels = args.channels = first.channels;
     if (inputs.size() == 2) {
-      args.x2 = at(scratch, inputs[1]);
+      args.x2 = at(run, inputs[1]);
       args.channels += buffers_[inputs[1]].channels;
     }
     args.pixels = first.height * first.width;
@@ -322,15 +349,15 @@ class NativeExecutor final : public Executor {
                      });
   }
 
-  Tensor view(const Scratch& scratch, int64_t buffer) const {
+  Tensor view(const Run& run, int64_t buffer) const {
     const Buffer& b = buffers_[buffer];
     const auto options = at::TensorOptions().dtype(at::kFloat);
-    return at::from_blob(at(scratch, buffer), {scratch.batch, b.height, b.width, b.channels}, options)
+    return at::from_blob(at(run, buffer), {run.batch, b.height, b.width, b.channels}, options)
         .permute({0, 3, 1, 2});
   }
 
-  std::optional<Tensor> residual(const Scratch& scratch, int64_t buffer) const {
-    return buffer == kNone ? std::nullopt : std::optional<Tensor>(view(scratch, buffer));
+  std::optional<Tensor> residual(const Run& run, int64_t buffer) const {
+    return buffer == kNone ? std::nullopt : std::optional<Tensor>(view(run, buffer));
   }
 
   std::optional<Tensor> optional(int64_t index) const {

@@ -249,6 +249,10 @@ class OptimizedNet(nn.Module):
         self._refuse_lean("saved")
         return super().state_dict(*args, **kwargs)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._refuse_lean("loaded")
+        super()._load_from_state_dict(*args, **kwargs)
+
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_lean("copied")
         made_by_start = ("native", "_lock", "_cache", "_live")

@@ -43,9 +43,9 @@ def _step(
             skip = None if residual is None else values[residual]
             x = tuple(values[i] for i in inputs)
             weight, bias = constants[operation.weight], constant(operation.bias)
-            values[operation.output] = _convolution(
-                operation, x, weight, bias, skip, residual in dead and residual not in inputs
-            )
+            # buffer 0 can be the caller's memory
+            ends = residual in dead and residual not in inputs and residual != 0
+            values[operation.output] = _convolution(operation, x, weight, bias, skip, ends)
         case Filter(input=source, residual=residual):
             y = _resample(operation, values[source], constants[operation.filter])
             skip = None if residual is None else values[residual]
@@ -136,7 +136,7 @@ def _pointwise(
     for x, w in zip(rows, weights, strict=True):
         y.addmm_(x, w.t(), beta=factor)
         factor = 1.0
-    return y.view(batch, height, width, -1).permute(0, 3, 1, 2)
+    return y.view(batch, height, width, y.shape[1]).permute(0, 3, 1, 2)
 
 
 def _pixels(x: Tensor) -> Tensor:
