@@ -130,7 +130,6 @@ class Engine:
         self._lock = threading.Lock()
         self._graphs: Graphs | None = None
         self._plans: OrderedDict[Any, _Prepared] = OrderedDict()
-        self._lock = threading.Lock()
         self.img_resolution: int = net.img_resolution
         self.img_channels: int = net.img_channels
         self.label_dim: int = getattr(net, "label_dim", 0)
