@@ -91,11 +91,3 @@ def test_nothing_waits_from_the_call_to_the_copy(noise):
     for transfer, array in zip(transfers, want, strict=True):
         assert (transfer.result() == array).all()
     made.engine.graphs.clear()
-
-
-def test_gpu_and_cpu_make_the_same_images():
-    """philox draws the same numbers on both; rounding may move a uint8 by a level."""
-    here, there = generator(noise="philox"), ImageGenerator.from_pretrained("digits-cond", "cpu", noise="philox")
-    images, others = here(SEEDS, 1).cpu().int(), there(SEEDS, 1).int()
-    assert (images - others).abs().max() <= 1
-    here.engine.graphs.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,6 +17,7 @@ from sign_fast.errors import SignFastError
 from sign_fast.inference import conditioning
 from sign_fast.inference.fuse import fuse_joins
 from sign_fast.inference.program import JoinNorm
+from sign_fast.kernels import extension
 
 TOLERANCE = 1e-5  # of the largest output, float32 (issue 4)
 
@@ -125,6 +127,47 @@ def test_consume(net, dtype):
     assert torch.equal(optimized(x, sigma, labels), want)
     optimized.update(net)
     assert torch.equal(optimized(x, sigma, labels), want)
+
+
+@torch.no_grad()
+def test_lean(net):
+    """Weights in the C++ program alone: the same images, further trained weights are taken, the rest is refused."""
+    x, sigma, labels = inputs(net)
+    want = optimize(net)(x, sigma, labels)
+    lean = optimize(copy.deepcopy(net), consume=True, lean=True)
+    assert torch.equal(lean(x, sigma, labels), want)
+    further = copy.deepcopy(net)
+    for p in further.parameters():
+        p.mul_(1.1).add_(0.02)
+    lean(x, 2.5)  # a table that has to be computed anew
+    lean.update(further)
+    assert torch.equal(lean(x, sigma, labels), optimize(further)(x, sigma, labels))
+    assert torch.equal(lean(x, 2.5), optimize(further)(x, 2.5))
+
+
+@pytest.mark.skipif(extension.module() is None, reason="nothing is packed without the extension")
+def test_what_a_lean_network_cannot_do(cond):
+    whole, lean = optimize(cond), optimize(cond, lean=True)
+    convolutions = sum(c.nbytes for c in whole.program.constants if c.ndim == 4)
+    assert sum(t.nbytes for t in lean.buffers()) < sum(t.nbytes for t in whole.buffers()) - 0.9 * convolutions
+    refused = [
+        ("copied", lambda: copy.deepcopy(lean)),
+        ("copied", lambda: copy.copy(lean)),
+        ("copied", lambda: pickle.dumps(lean)),
+        ("moved", lambda: lean.to("cpu")),
+        ("moved", lambda: lean.half()),
+        ("saved", lambda: lean.state_dict()),
+        ("loaded into", lambda: lean.load_state_dict(whole.state_dict())),
+    ]
+    for what, call in refused:
+        with pytest.raises(SignFastError, match=f"a lean network cannot be {what}: optimize the original") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    x, sigma, labels = inputs(cond)
+    with torch.no_grad():
+        assert torch.equal(lean(x, sigma, labels), whole(x, sigma, labels))
+    # 16 bits are not packed: lean changes nothing
+    assert copy.deepcopy(optimize(cond, torch.bfloat16, lean=True)).state_dict()
 
 
 @torch.no_grad()
