@@ -84,6 +84,18 @@ def test_low_precision_leaves_the_network_as_it_is(digits):
     assert net.dtype is None
 
 
+def test_further_training_is_taken_by_update(digits):
+    net = models.load("digits-uncond", "cpu")
+    generator = ImageGenerator(net, "teacher")
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(1.02)
+    assert torch.equal(generator([1, 2], 3), digits([1, 2], 3))
+    generator.net.update(net)
+    assert torch.equal(generator([1, 2], 3), ImageGenerator(net, "teacher")([1, 2], 3))
+    assert not torch.equal(generator([1, 2], 3), digits([1, 2], 3))
+
+
 def test_samplers(digits):
     assert digits([0], 1, sampler="one_step").shape == digits([0], 4, sampler="few_step").shape == (1, 8, 8, 1)
     assert torch.equal(
