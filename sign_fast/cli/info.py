@@ -70,13 +70,13 @@ def network_facts(name: str, device: str | None, dtype_name: str) -> dict[str, A
     import torch
 
     from .. import models
-    from ..checkpoints.store import bundled_names, find, read_config
+    from ..checkpoints.store import bundled_names, find, read_config, resolve_device
     from ..inference.launches import launches
     from ..sampling import ImageGenerator
 
     dtype = getattr(torch, dtype_name)
     if name in models.preset_names() and name not in bundled_names():
-        role, place = "student", device or ("cuda" if torch.cuda.is_available() else "cpu")
+        role, place = "student", resolve_device(device)
         net = models.create(name).to(place).eval()
     else:
         role, net = read_config(find(name)).get("role", "student"), models.load(name, device)

@@ -177,33 +177,51 @@ class Engine:
             seeds, sampler, steps, labels, options: as `requests.check_request` leaves them.
             output: "uint8" for (B, H, W, C) bytes, "float" for (B, C, H, W) float32 in about [-1, 1].
         """
-        device, count = self.device, len(seeds)
-        prepared = None if callable(sampler) else self._prepare(sampler, steps, options)
-        noise = (SeededNoise if self.noise == "torch" else PhiloxNoise)(device, seeds)
-        drawn = isinstance(noise, SeededNoise) or prepared is None
-        latents = noise.randn([count, *self._shape]) if drawn else None
-        classes = self._classes(noise, count, labels)
         if callable(sampler):
-            images = sampler(self._net, latents, self._one_hot(classes), noise.randn_like, num_steps=steps, **options)
-            return functional.to_uint8(images) if output == "uint8" else images.float()
-        assert prepared is not None
-        inputs: dict[str, Tensor] = {}
-        if latents is not None:
+            return self._sampled(sampler, seeds, steps, labels, output, options)
+        prepared = self._prepare(sampler, steps, options)
+        # in parts: the noise of all steps is drawn ahead, and of very many images would fill the memory
+        parts = [slice(start, start + LARGEST_BUCKET) for start in range(0, len(seeds), LARGEST_BUCKET)]
+        images = [self._generate(prepared, seeds[p], None if labels is None else labels[p], output) for p in parts]
+        return images[0] if len(images) == 1 else torch.cat(images)
+
+    def _sampled(
+        self,
+        sampler: Sampler,
+        seeds: Sequence[int],
+        steps: int,
+        labels: Sequence[int] | None,
+        output: Output,
+        options: Mapping[str, Any],
+    ) -> Tensor:
+        """Images by a sampler of the caller's."""
+        noise = self._noise(seeds)
+        latents = noise.randn([len(seeds), *self._shape])
+        one_hot = self._one_hot(self._classes(noise, len(seeds), labels))
+        images = sampler(self._net, latents, one_hot, noise.randn_like, num_steps=steps, **options)
+        return functional.to_uint8(images) if output == "uint8" else images.float()
+
+    def _generate(
+        self, prepared: _Prepared, seeds: Sequence[int], labels: Sequence[int] | None, output: Output
+    ) -> Tensor:
+        """Images of at most `LARGEST_BUCKET` seeds by one of the library's samplers."""
+        noise, count = self._noise(seeds), len(seeds)
+        if isinstance(noise, PhiloxNoise):
+            inputs = {"seeds": noise.seeds}
+            classes = self._classes(noise, count, labels)
+        else:  # the published order: latents, labels, the noise of the steps
+            latents = noise.randn([count, *self._shape])
+            classes = self._classes(noise, count, labels)
             draws = draw_ahead(prepared.plan, latents, noise.randn_like)
-            inputs |= {f"draw{i}": draw for i, draw in enumerate(draws)}
-        else:
-            assert isinstance(noise, PhiloxNoise)
-            inputs["seeds"] = noise.seeds
+            inputs = {f"draw{i}": draw for i, draw in enumerate(draws)}
         if classes is not None:
             inputs["labels"] = classes
         if self._is_captured:
             return self._replay(prepared, inputs, count, output)
-        constants = self._constants(prepared)
-        parts = [
-            self._run(prepared, {name: t[i : i + LARGEST_BUCKET] for name, t in inputs.items()} | constants, output)
-            for i in range(0, count, LARGEST_BUCKET)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self._run(prepared, inputs | self._constants(prepared), output)
+
+    def _noise(self, seeds: Sequence[int]) -> SeededNoise | PhiloxNoise:
+        return (SeededNoise if self.noise == "torch" else PhiloxNoise)(self.device, seeds)
 
     @property
     def _is_captured(self) -> bool:
@@ -218,10 +236,8 @@ class Engine:
         """(B,) int64 class numbers, drawn from the seeds where none are given."""
         if self.label_dim == 0:
             return None
-        if labels is not None and isinstance(noise, PhiloxNoise):
-            return to_device(torch.tensor(labels, dtype=torch.int64), self.device)
-        # drawn even if it is not used, as published: the noise after it depends on that
-        drawn = noise.randint(self.label_dim, size=[count])
+        # drawn even where labels are given, as published: the noise after it depends on that
+        drawn = noise.randint(self.label_dim, size=[count]) if labels is None or self.noise == "torch" else None
         return drawn if labels is None else to_device(torch.tensor(labels, dtype=torch.int64), self.device)
 
     def _one_hot(self, classes: Tensor | None) -> Tensor | None:

@@ -34,8 +34,9 @@ class ImageGenerator:
             save(array)
 
     Args:
-        net: a network of `sign_fast.models`, or any denoiser net(x, sigma, class_labels) that says its img_resolution
-            and img_channels, and its label_dim where it has classes.
+        net: a network of `sign_fast.models`, of which an inference copy is made (`generator.net.update(net)` takes its
+            weights after further training), or any denoiser net(x, sigma, class_labels) that says its img_resolution
+            and img_channels, and its label_dim where it has classes; see `sampling.engine.Engine`.
         role: "teacher" (many steps, Heun) or "student" (one to four calls).
         dtype: of the inner network: float32, bfloat16 or float16; None keeps the network's own.
         noise: "torch", the published draws of each seed, or "philox", other draws that are made faster.

@@ -192,8 +192,10 @@ def _check_options(name: str, sampler: Sampler, options: dict[str, Any]) -> None
         raise SignFastError(f"sampler {name} has no option {', '.join(unknown)}: {has}")
     for option, value in options.items():
         default = known[option]
-        number = default is None or isinstance(default, Real)
-        if number and not (value is default is None) and (isinstance(value, bool) or not isinstance(value, Real)):
+        if isinstance(default, str) and not isinstance(value, str):
+            raise SignFastError(f"option {option} of sampler {name} must be a word such as {default}, not {value!r}")
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        if isinstance(default, Real | None) and not number and not (value is default is None):
             raise SignFastError(f"option {option} of sampler {name} must be a number, not {value!r}")
 
 

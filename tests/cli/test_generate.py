@@ -294,6 +294,10 @@ def test_noise(tmp_path, capfd):
     assert generate(capfd, tmp_path / "default", "--num", 3)[0] == 0
     torch_, philox = files(tmp_path / "torch"), files(tmp_path / "philox")
     assert torch_ == files(tmp_path / "default") and not set(torch_.values()) & set(philox.values())
+    seeds = f"1,{(1 << 32) + 1}"  # one image of the published draws, two of the others
+    assert "are one image" in generate(capfd, tmp_path / "a", "--seeds", seeds)[2]
+    assert generate(capfd, tmp_path / "b", "--seeds", seeds, "--noise", "philox")[0] == 0
+    assert len(set(files(tmp_path / "b").values())) == 2
 
 
 class TimeFree(torch.nn.Module):

@@ -76,6 +76,8 @@ def test_info_of_a_preset_and_of_nothing(capfd, monkeypatch):
     assert status == 0 and "network tiny\n" in out and "EDMPrecond, 1x8x8" in out and "for the default sampler" in out
     status, out, err = run(capfd, "info", "--network", "nowhere")
     assert status == 1 and not out and "nowhere" in err and err.count("\n") == 1
+    status, out, err = run(capfd, "info", "--network", "tiny", "--device", "gpu")
+    assert status == 1 and not out and "device 'gpu' is not a device" in err and err.count("\n") == 1
 
 
 def test_evaluate(tmp_path, capfd):

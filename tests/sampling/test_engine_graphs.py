@@ -216,6 +216,17 @@ def test_weights_put_in_the_place_of_an_inference_copys():
     assert torch.equal(got, Engine(other).generate(SEEDS, "few_step", 2, None))
 
 
+@pytest.mark.parametrize("make", [Denoiser, MAKES["bfloat16-labels"]])
+def test_in_and_out_of_inference_mode(make):
+    net = make()
+    engine = Captured(net)
+    want = Engine(net).generate(SEEDS, "edm", 2, None)
+    with torch.inference_mode():
+        inside = engine.generate(SEEDS, "edm", 2, None)
+    assert torch.equal(inside, want) and torch.equal(engine.generate(SEEDS, "edm", 2, None), want)
+    assert engine.captures == 1
+
+
 def test_a_replay_calls_no_network():
     net = Denoiser()
     engine = Captured(net)

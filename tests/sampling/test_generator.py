@@ -84,6 +84,18 @@ def test_low_precision_leaves_the_network_as_it_is(digits):
     assert net.dtype is None
 
 
+def test_further_training_is_taken_by_update(digits):
+    net = models.load("digits-uncond", "cpu")
+    generator = ImageGenerator(net, "teacher")
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(1.02)
+    assert torch.equal(generator([1, 2], 3), digits([1, 2], 3))
+    generator.net.update(net)
+    assert torch.equal(generator([1, 2], 3), ImageGenerator(net, "teacher")([1, 2], 3))
+    assert not torch.equal(generator([1, 2], 3), digits([1, 2], 3))
+
+
 def test_samplers(digits):
     assert digits([0], 1, sampler="one_step").shape == digits([0], 4, sampler="few_step").shape == (1, 8, 8, 1)
     assert torch.equal(
@@ -185,7 +197,13 @@ def test_on_cuda_a_batch_is_launched_before_the_last_one_is_handed_out(digits, m
         (([1], 2, None, "few_step"), {"rho": 7, "S_churn": 1}, "few_step has no option rho, S_churn: it has sigma"),
         (([1], 2, None, "edm"), {"sigma": 7}, "edm has no option sigma: it has sigma_min,"),
         (([1], 2, None, "edm"), {"rho": "7"}, "rho of sampler edm must be a number, not '7'"),
+        (([1], 2, None, "edm"), {"rho": None}, "rho of sampler edm must be a number, not None"),
+        (([1], 2, None, "edm"), {"rho": 0}, "sampler edm cannot run with rho=0: division by zero"),
+        (([1], 2, None, "edm"), {"sigma_min": 90}, "sigma_min 90 is above sigma_max 80"),
+        (([1], 2, None, "few_step"), {"sigma": float("nan")}, "noise levels are not all finite"),
         (([1], 2, None, "ablation"), {"sigma_min": "7"}, "sigma_min of sampler ablation must be a number"),
+        (([1], 2, None, "ablation"), {"solver": {}}, "solver of sampler ablation must be a word such as heun, not {}"),
+        (([1], 2, None, "ablation"), {"solver": "rk4"}, "solver must be one of heun, euler, not 'rk4'"),
         (([1], 2, None, lambda net, z: z), {}, "cannot be called as <lambda>"),
         (([1], 2, None, lambda *a, num_steps: a[1]), {"rho": 7}, "unexpected keyword argument 'rho'"),
         (([1],), {"output": "png"}, "output must be uint8 or float, not 'png'"),
