@@ -1,37 +1,62 @@
 #include "program_filter.h"
 
-#include <ATen/ops/conv2d.h>
-#include <ATen/ops/conv_transpose2d.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
 
 namespace sign_fast {
+namespace {
 
-using at::Tensor;
-
-Tensor epilogue(Tensor y, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-                double residual_scale, double scale) {
-  if (bias) y.add_(bias->view({1, -1, 1, 1}));
-  if (residual) y.add_(*residual, residual_scale);
-  if (scale != 1) y.mul_(scale);
-  return y;
+// Where tap i of output o reads an input of `length`: −1 outside, and between two inputs where it goes up.
+int64_t source(const FilterArgs& a, int64_t o, int64_t i, int64_t length) {
+  const int64_t at = a.up ? o + a.padding - i : 2 * o + i - a.padding;
+  if (at < 0 || (a.up && at % 2 != 0)) return -1;
+  const int64_t index = a.up ? at / 2 : at;
+  return index < length ? index : -1;
 }
 
-Tensor resample(const Tensor& x, const Tensor& kernel, bool up, int64_t padding) {
-  const int64_t channels = x.size(1), size = kernel.size(0);
-  const Tensor weight = kernel.to(x.scalar_type()).expand({channels, 1, size, size});
-  const std::array<int64_t, 2> two{2, 2}, pad{padding, padding};
-  if (up) return at::conv_transpose2d(x, weight, {}, two, pad, 0, channels);
-  return at::conv2d(x, weight, {}, two, pad, 1, channels);
+void filter_row(const FilterArgs& a, int64_t b, int64_t row) {
+  const int64_t channels = a.channels;
+  const float* x = a.x + b * a.height * a.width * channels;
+  const int64_t start = (b * a.out_height + row) * a.out_width * channels;
+  for (int64_t column = 0; column < a.out_width; ++column) {
+    float* y = a.y + start + column * channels;
+    std::fill_n(y, channels, 0.f);
+    for (int64_t i = 0; i < a.size; ++i)
+      for (int64_t j = 0; j < a.size; ++j) {
+        const int64_t from_row = source(a, row, i, a.height), from_column = source(a, column, j, a.width);
+        if (from_row < 0 || from_column < 0) continue;
+        const float* from = x + (from_row * a.width + from_column) * channels;
+        const float tap = a.taps[i * a.size + j];
+        for (int64_t c = 0; c < channels; ++c) y[c] += tap * from[c];
+      }
+    const float* residual = a.residual ? a.residual + start + column * channels : nullptr;
+    for (int64_t c = 0; c < channels; ++c)
+      y[c] = (y[c] + (a.bias ? a.bias[c] : 0.f) + (residual ? residual[c] : 0.f)) * a.scale;
+  }
 }
 
-void filter(const Tensor& x, const Tensor& kernel, bool up, int64_t padding, const std::optional<Tensor>& bias,
-            const std::optional<Tensor>& residual, double scale, const Tensor& y) {
-  y.copy_(epilogue(resample(x, kernel, up, padding), bias, residual, 1, scale));
+}  // namespace
+
+void filter(const FilterArgs& a) {
+  constexpr int64_t grain = 65536;  // multiplications below which a second thread does not pay
+  const int64_t row = a.out_width * a.channels * a.size * a.size;
+  at::parallel_for(0, a.batch * a.out_height, std::max<int64_t>(1, grain / row), [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) filter_row(a, item / a.out_height, item % a.out_height);
+  });
 }
 
-void padded_convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t padding,
-                        const std::optional<Tensor>& residual, double residual_scale, double scale, const Tensor& y) {
-  const std::array<int64_t, 2> one{1, 1}, pad{padding, padding};
-  y.copy_(epilogue(at::conv2d(x, weight, bias, one, pad), {}, residual, residual_scale, scale));
+void pad(const float* x, int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t border, float* y) {
+  const int64_t line = width * channels, side = border * channels, ends = border * (line + 2 * side);
+  for (int64_t b = 0; b < batch; ++b) {
+    y = std::fill_n(y, ends, 0.f);
+    for (int64_t row = 0; row < height; ++row, x += line) {
+      y = std::fill_n(y, side, 0.f);
+      y = std::copy_n(x, line, y);
+      y = std::fill_n(y, side, 0.f);
+    }
+    y = std::fill_n(y, ends, 0.f);
+  }
 }
 
 }  // namespace sign_fast
