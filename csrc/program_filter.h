@@ -3,7 +3,11 @@
 
 #include <cstdint>
 
+#include "capability.h"
+
 namespace sign_fast {
+
+constexpr int64_t kFilterSide = 16;  // taps a side at most
 
 // y = (resample(x) + bias + residual)·scale: every channel with the same filter, stride 2, transposed where it goes up.
 struct FilterArgs {
@@ -23,5 +27,8 @@ void filter(const FilterArgs& args);
 
 // y (B, height + 2·border, width + 2·border, channels) = x with a border of zeros
 void pad(const float* x, int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t border, float* y);
+
+// For the kernel: items are (image, row of y).
+SIGN_FAST_DECLARE_KERNEL(resampling_filter, void, const FilterArgs&, int64_t begin, int64_t end)
 
 }  // namespace sign_fast
