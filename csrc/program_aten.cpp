@@ -5,14 +5,15 @@
 #include <ATen/ops/avg_pool2d.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/conv2d.h>
+#include <ATen/ops/conv_transpose2d.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <ATen/ops/upsample_nearest2d.h>
 
 #include <algorithm>
+#include <array>
 
 #include "program.h"
-#include "program_filter.h"
 
 namespace sign_fast {
 namespace {
@@ -36,6 +37,24 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
 
 // (B, C, H, W) channels_last -> (B·H·W, C), a view
 Tensor pixels(const Tensor& x) { return x.permute({0, 2, 3, 1}).reshape({-1, x.size(1)}); }
+
+// depthwise, stride 2, transposed where it goes up
+Tensor resample(const Tensor& x, const Tensor& taps, bool up, int64_t padding) {
+  const int64_t channels = x.size(1), size = taps.size(0);
+  const Tensor weight = taps.expand({channels, 1, size, size});
+  const std::array<int64_t, 2> two{2, 2}, pad{padding, padding};
+  if (up) return at::conv_transpose2d(x, weight, {}, two, pad, 0, channels);
+  return at::conv2d(x, weight, {}, two, pad, 1, channels);
+}
+
+// (y + bias + residual·residual_scale)·scale in y's memory
+Tensor epilogue(Tensor y, const OptionalTensor& bias, const OptionalTensor& residual, double residual_scale,
+                double scale) {
+  if (bias) y.add_(bias->view({1, -1, 1, 1}));
+  if (residual) y.add_(*residual, residual_scale);
+  if (scale != 1) y.mul_(scale);
+  return y;
+}
 
 class AtenExecutor final : public Executor {
  public:

@@ -1,37 +1,33 @@
+// Resampling filters and borders on the CPU: cutting into items for threads.
 #include "program_filter.h"
 
-#include <ATen/ops/conv2d.h>
-#include <ATen/ops/conv_transpose2d.h>
+#include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
 
 namespace sign_fast {
 
-using at::Tensor;
-
-Tensor epilogue(Tensor y, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-                double residual_scale, double scale) {
-  if (bias) y.add_(bias->view({1, -1, 1, 1}));
-  if (residual) y.add_(*residual, residual_scale);
-  if (scale != 1) y.mul_(scale);
-  return y;
+void filter(const FilterArgs& a) {
+  static const auto kernel = choose_resampling_filter();
+  constexpr int64_t grain = 65536;  // multiplications below which a second thread does not pay
+  TORCH_CHECK(0 < a.size && a.size <= kFilterSide, "resampling filters have at most ", kFilterSide, " taps a side");
+  const int64_t row = a.out_width * a.channels * a.size * a.size;
+  at::parallel_for(0, a.batch * a.out_height, std::max<int64_t>(1, grain / row),
+                   [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
 }
 
-Tensor resample(const Tensor& x, const Tensor& kernel, bool up, int64_t padding) {
-  const int64_t channels = x.size(1), size = kernel.size(0);
-  const Tensor weight = kernel.to(x.scalar_type()).expand({channels, 1, size, size});
-  const std::array<int64_t, 2> two{2, 2}, pad{padding, padding};
-  if (up) return at::conv_transpose2d(x, weight, {}, two, pad, 0, channels);
-  return at::conv2d(x, weight, {}, two, pad, 1, channels);
-}
-
-void filter(const Tensor& x, const Tensor& kernel, bool up, int64_t padding, const std::optional<Tensor>& bias,
-            const std::optional<Tensor>& residual, double scale, const Tensor& y) {
-  y.copy_(epilogue(resample(x, kernel, up, padding), bias, residual, 1, scale));
-}
-
-void padded_convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t padding,
-                        const std::optional<Tensor>& residual, double residual_scale, double scale, const Tensor& y) {
-  const std::array<int64_t, 2> one{1, 1}, pad{padding, padding};
-  y.copy_(epilogue(at::conv2d(x, weight, bias, one, pad), {}, residual, residual_scale, scale));
+void pad(const float* x, int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t border, float* y) {
+  const int64_t line = width * channels, side = border * channels, ends = border * (line + 2 * side);
+  for (int64_t b = 0; b < batch; ++b) {
+    y = std::fill_n(y, ends, 0.f);
+    for (int64_t row = 0; row < height; ++row, x += line) {
+      y = std::fill_n(y, side, 0.f);
+      y = std::copy_n(x, line, y);
+      y = std::fill_n(y, side, 0.f);
+    }
+    y = std::fill_n(y, ends, 0.f);
+  }
 }
 
 }  // namespace sign_fast

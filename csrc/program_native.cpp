@@ -2,7 +2,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/resolve_neg.h>
 
 #include <algorithm>
@@ -67,6 +66,7 @@ struct Layout {
 struct Native {
   Operation operation;
   std::unique_ptr<PackedConvolution> convolution;
+  int64_t border = 0;  // of zeros around the input, besides the convolution's own
 };
 
 // The buffers and the kernels' scratch, for up to so many images and threads.
@@ -159,25 +159,24 @@ class NativeExecutor final : public Executor {
       const Tensor weight = constants[o->weight].contiguous();
       const int64_t kernel = weight.size(2);
       TORCH_CHECK(kernel == 1 || kernel == 3, "convolutions are 1×1 or 3×3 here, not ", kernel);
-      if (o->padding == kernel / 2) {
-        const Buffer& out = buffers_[o->output];
-        const bool two = o->inputs.size() == 2;
-        const ConvolutionShape shape{{buffers_[o->inputs[0]].channels, two ? buffers_[o->inputs[1]].channels : 0},
-                                     out.channels,
-                                     kernel,
-                                     out.height,
-                                     out.width,
-                                     o->resampling};
-        const Tensor bias = o->bias == kNone ? Tensor() : constants[o->bias].contiguous();
-        native.convolution = std::make_unique<PackedConvolution>(
-            weight.const_data_ptr<float>(), bias.defined() ? bias.const_data_ptr<float>() : nullptr, shape);
-        if (consume) {
-          const auto bytes = static_cast<int64_t>(weight.nbytes());
-          constants[o->weight].set_data(at::empty({0}, weight.options()));
-          freed_.add(bytes);
-        }
-      } else {
-        keep(o->weight), keep(o->bias);
+      native.border = o->padding - kernel / 2;
+      const bool two = o->inputs.size() == 2;
+      TORCH_CHECK(native.border == 0 || (native.border > 0 && !two && o->resampling == Resampling::None),
+                  "a padding of ", o->padding, " is not supported for this convolution");
+      const Buffer& out = buffers_[o->output];
+      const ConvolutionShape shape{{buffers_[o->inputs[0]].channels, two ? buffers_[o->inputs[1]].channels : 0},
+                                   out.channels,
+                                   kernel,
+                                   out.height,
+                                   out.width,
+                                   o->resampling};
+      const Tensor bias = o->bias == kNone ? Tensor() : constants[o->bias].contiguous();
+      native.convolution = std::make_unique<PackedConvolution>(
+          weight.const_data_ptr<float>(), bias.defined() ? bias.const_data_ptr<float>() : nullptr, shape);
+      if (consume) {
+        const auto bytes = static_cast<int64_t>(weight.nbytes());
+        constants[o->weight].set_data(at::empty({0}, weight.options()));
+        freed_.add(bytes);
       }
     } else if (const auto* o = std::get_if<FilterOperation>(&operation)) {
       keep(o->filter), keep(o->bias);
@@ -211,7 +210,8 @@ class NativeExecutor final : public Executor {
     }
     int64_t workspace = 0;
     for (const Native& native : operations_) {
-      if (native.convolution) workspace = std::max(workspace, native.convolution->workspace(images, threads));
+      if (native.convolution)
+        workspace = std::max(workspace, native.convolution->workspace(images, threads) + images * bordered(native));
       if (const auto* o = std::get_if<AttentionOperation>(&native.operation)) {
         const Buffer& out = buffers_[o->output];
         workspace = std::max(workspace, attention_workspace(out.height * out.width, out.channels / o->heads, threads));
@@ -219,6 +219,13 @@ class NativeExecutor final : public Executor {
     }
     const auto options = at::TensorOptions().dtype(at::kFloat);
     return {images, threads, at::empty({layout_.size * images}, options), at::empty({workspace}, options)};
+  }
+
+  // floats of an image with the border that a convolution wants around it, 0 without
+  int64_t bordered(const Native& native) const {
+    if (native.border == 0) return 0;
+    const auto& o = std::get<ConvolutionOperation>(native.operation);
+    return buffers_[o.inputs[0]].channels * buffers_[o.output].height * buffers_[o.output].width;
   }
 
   void give_back(Memory memory) {
@@ -263,26 +270,28 @@ class NativeExecutor final : public Executor {
   }
 
   void apply(const Native& native, const ConvolutionOperation& o, const Run& run) const {
-    if (native.convolution) {
-      ConvolutionArgs args{};
-      for (size_t i = 0; i < o.inputs.size(); ++i) args.x[i] = at(run, o.inputs[i]);
-      args.batch = run.batch;
-      args.residual = o.residual == kNone ? nullptr : at(run, o.residual);
-      args.residual_up = o.residual_up;
-      args.residual_scale = static_cast<float>(o.residual_scale);
-      args.scale = static_cast<float>(o.scale);
-      args.y = at(run, o.output);
-      native.convolution->run(args, run.workspace);
-      return;
+    ConvolutionArgs args{};
+    for (size_t i = 0; i < o.inputs.size(); ++i) args.x[i] = at(run, o.inputs[i]);
+    if (native.border > 0) {
+      const Buffer& in = buffers_[o.inputs[0]];
+      pad(args.x[0], run.batch, in.height, in.width, in.channels, native.border, run.workspace);
+      args.x[0] = run.workspace;
     }
-    TORCH_CHECK(o.inputs.size() == 1 && o.resampling == Resampling::None, "unusual padding of an unusual convolution");
-    padded_convolution(view(run, o.inputs[0]), constants_[o.weight], optional(o.bias), o.padding,
-                       residual(run, o.residual), o.residual_scale, o.scale, view(run, o.output));
+    args.batch = run.batch;
+    args.residual = o.residual == kNone ? nullptr : at(run, o.residual);
+    args.residual_up = o.residual_up;
+    args.residual_scale = static_cast<float>(o.residual_scale);
+    args.scale = static_cast<float>(o.scale);
+    args.y = at(run, o.output);
+    native.convolution->run(args, run.workspace + run.batch * bordered(native));
   }
 
   void apply(const Native&, const FilterOperation& o, const Run& run) const {
-    filter(view(run, o.input), constants_[o.filter], o.up, o.padding, optional(o.bias),
-           residual(run, o.residual), o.scale, view(run, o.output));
+    const Buffer &in = buffers_[o.input], &out = buffers_[o.output];
+    filter({at(run, o.input), run.batch, in.height, in.width, in.channels, constant(o.filter),
+            constants_[o.filter].size(0), o.padding, o.up, constant(o.bias),
+            o.residual == kNone ? nullptr : at(run, o.residual), static_cast<float>(o.scale), at(run, o.output),
+            out.height, out.width});
   }
 
   void apply(const Native&, const NormOperation& o, const Run& run) const {
@@ -347,21 +356,6 @@ class NativeExecutor final : public Executor {
                        const auto work = std::make_unique_for_overwrite<double[]>(plan.work);
                        kernel(args, plan, begin, end, work.get());
                      });
-  }
-
-  Tensor view(const Run& run, int64_t buffer) const {
-    const Buffer& b = buffers_[buffer];
-    const auto options = at::TensorOptions().dtype(at::kFloat);
-    return at::from_blob(at(run, buffer), {run.batch, b.height, b.width, b.channels}, options)
-        .permute({0, 3, 1, 2});
-  }
-
-  std::optional<Tensor> residual(const Run& run, int64_t buffer) const {
-    return buffer == kNone ? std::nullopt : std::optional<Tensor>(view(run, buffer));
-  }
-
-  std::optional<Tensor> optional(int64_t index) const {
-    return index == kNone ? std::nullopt : std::optional<Tensor>(constants_[index]);
   }
 };
 

@@ -89,8 +89,8 @@ class _Writer:
         height, width = (n * 2 if resampling == "up" else n // 2 if resampling == "down" else n
                          for n in (b.height, b.width))  # fmt: skip
         padding = kernel // 2
-        if len(inputs) == 1 and resampling == "none" and min(height, width) > 2 and self.random.random() < 0.2:
-            padding = self.random.choice([0, 2]) if kernel == 3 else 1
+        if len(inputs) == 1 and resampling == "none" and self.random.random() < 0.2:
+            padding += 1
             height, width = height + 2 * padding - kernel + 1, width + 2 * padding - kernel + 1
         out_channels = out_channels or self.random.choice([b.channels, self.random.randint(1, 40)])
         depth = self.channels(inputs)

@@ -38,7 +38,7 @@ def threads():
 
 @torch.no_grad()
 @pytest.mark.parametrize("seed", range(40))
-def test_random_programs_natively(seed):
+def test_random_programs_natively(seed, threads):
     """Buffers share memory: what overlaps at a wrong time, or is read before it is written, is far off."""
     program = random_program(seed)
     x, rows = program_inputs(program, batch=1 + seed % 3, seed=seed, shared_rows=seed % 2 == 0)
@@ -50,6 +50,10 @@ def test_random_programs_natively(seed):
     assert torch.equal(given[0], x) and torch.equal(given[1], rows)
     native.run(torch.full_like(x, torch.nan), rows)
     assert torch.equal(native.run(x, rows), got)
+    many = x.repeat(9, 1, 1, 1), rows if rows.shape[0] == 1 else rows.repeat(9, 1)
+    for count in (1, 2):  # an image has the same bits in any batch, on any number of threads
+        threads(count)
+        assert torch.equal(native.run(*many), got.repeat(9, 1, 1, 1))
 
 
 @torch.no_grad()
