@@ -20,5 +20,12 @@ def native_program(program: Program, device: torch.device, dtype: torch.dtype, c
     module = extension.module()
     if module is None or dtype == torch.float64 or device.type not in ("cpu", "cuda"):
         return None
-    native = device.type == "cpu" and dtype == torch.float32
-    return module.Program(program, native, dtype, consume)
+    return module.Program(program, packs(device, dtype), dtype, consume)
+
+
+def packs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the program runs on kernels of our own with packed weights; else, where there is one, through ATen."""
+    module = extension.module()
+    # without AVX2 our kernels are scalar code, and PyTorch's own are faster
+    vectors = module is not None and module.capability() != "DEFAULT"
+    return vectors and device.type == "cpu" and dtype == torch.float32

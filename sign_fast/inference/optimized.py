@@ -22,7 +22,7 @@ from .conditioning import Conditioner, Conditioning
 from .fuse import fuse_joins
 from .launches import LaunchCounter
 from .memory import Release
-from .native import native_program
+from .native import native_program, packs
 
 _CACHED_CONDITIONINGS = 64
 _CACHED_BYTES = 256 * 2**20
@@ -233,7 +233,7 @@ class OptimizedNet(nn.Module):
     @property
     def _packed(self) -> bool:
         """Whether the weights are in the C++ program only."""
-        return self._lean and self.native is not None and self.device.type == "cpu" and self.dtype == torch.float32
+        return self._lean and packs(self.device, self.dtype)
 
     def _refuse_lean(self, what: str) -> None:
         if self._packed:
