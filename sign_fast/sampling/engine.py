@@ -140,7 +140,7 @@ class Engine:
         noise = (SeededNoise if self.noise == "torch" else PhiloxNoise)(device, seeds)
         shape = (self.img_channels, self.img_resolution, self.img_resolution)
         drawn = isinstance(noise, SeededNoise) or callable(sampler)
-        latents = noise.randn([len(seeds), *shape]) if drawn else None
+        latents = noise.randn([len(seeds), *shape], dtype=torch.float32) if drawn else None
         classes = self._classes(noise, len(seeds), labels)
         if callable(sampler):
             assert latents is not None
