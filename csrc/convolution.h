@@ -53,8 +53,8 @@ class AlignedFloats {
 // the first whole cache line from p on; 16 floats more than needed make room for it
 float* align(float* p);
 
-// y = (conv(resample(concat(x0, x1))) + bias + residual·residual_scale)·scale. What an image becomes depends on its batch and on the
-// number of threads in no bit.
+// y = (conv(resample(concat(x0, x1))) + bias + residual·residual_scale)·scale. What an image becomes depends on its
+// batch and on the number of threads in no bit.
 class PackedConvolution {
  public:
   // weight (out_channels, channels, k, k) and bias (out_channels) or null are copied.

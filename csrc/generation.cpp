@@ -1,5 +1,4 @@
 // A whole generation without Python: the noise, every network call, what lies between them, the images as bytes.
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/nan_to_num.h>
@@ -9,6 +8,7 @@
 
 #include <chrono>
 
+#include "operators.h"
 #include "program.h"
 #include "sampler_loop.h"
 
@@ -19,11 +19,6 @@ namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 // What depends on noise level and class alone, as sign_fast.inference.conditioning.Conditioning holds it.
 struct Conditioning {
@@ -41,7 +36,8 @@ struct Conditioning {
 
 class ProgramDenoiser final : public Denoiser {
  public:
-  ProgramDenoiser(Executor& program, const Conditioning& conditioning) : program_(program), conditioning_(conditioning) {}
+  ProgramDenoiser(Executor& program, const Conditioning& conditioning)
+      : program_(program), conditioning_(conditioning) {}
 
   Tensor call(const Tensor& x, int64_t level) override {
     return program_.denoise(x, conditioning_.rows(level), conditioning_.coefficients.select(0, level));
@@ -71,7 +67,7 @@ class Signals {
 // n of each image's seed, a stream a draw
 std::vector<Tensor> draw(const Tensor& seeds, int64_t count, const std::vector<int64_t>& shape) {
   static const auto op =
-      find<Tensor(const Tensor&, c10::SymInt, c10::SymIntArrayRef, double, at::ScalarType, bool)>(
+      find_operator<Tensor(const Tensor&, c10::SymInt, c10::SymIntArrayRef, double, at::ScalarType, bool)>(
           "sign_fast::philox_normal");
   const std::vector<c10::SymInt> sizes(shape.begin(), shape.end());
   std::vector<Tensor> draws;
@@ -79,10 +75,10 @@ std::vector<Tensor> draw(const Tensor& seeds, int64_t count, const std::vector<i
   return draws;
 }
 
-// float64 to (B, H, W, C) bytes without a rounding to float32 in between, as the published samplers' images
+// float64 to (B, H, W, C) bytes without a rounding to float32 in between, as the published samplers' images; NaN is 0
 Tensor to_bytes(const Tensor& images) {
-  const Tensor levels = at::nan_to_num(images.permute({0, 2, 3, 1}).contiguous(), 0.0);
-  return levels.mul(127.5).add_(128).clamp_(0, 255).to(at::kByte);
+  const Tensor levels = images.permute({0, 2, 3, 1}).contiguous().mul(127.5).add_(128);
+  return at::nan_to_num(levels, 0.0).clamp_(0, 255).to(at::kByte);
 }
 
 Tensor generate(const Plan& plan, Executor& program, Conditioning conditioning, std::vector<Tensor> draws,
@@ -95,7 +91,7 @@ Tensor generate(const Plan& plan, Executor& program, Conditioning conditioning, 
   if (!bytes) return images.to(at::kFloat).contiguous();
   if (images.scalar_type() == at::kDouble) return to_bytes(images);
   static const auto finish =
-      find<Tensor(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&)>(
+      find_operator<Tensor(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&)>(
           "sign_fast::finish_images");
   return finish.call(images, {}, {}, {});
 }

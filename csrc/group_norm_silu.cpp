@@ -70,7 +70,7 @@ struct Row {
 };
 
 template <typename Args, typename Kernel>
-void launch(const Args& args, const Plan& plan, Kernel kernel) {
+void launch(const Args& args, const NormPlan& plan, Kernel kernel) {
   const int64_t grain = std::max<int64_t>(1, kGrain / plan.elements_per_item);
   at::parallel_for(0, plan.items, grain, [&](int64_t begin, int64_t end) {
     const auto work = std::make_unique_for_overwrite<double[]>(plan.work);

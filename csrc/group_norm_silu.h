@@ -39,7 +39,7 @@ struct GroupNormArgs : NormInput {
 };
 
 // Work is cut into items by shape alone, so that results do not depend on the number of threads.
-struct Plan {
+struct NormPlan {
   int64_t items;
   int64_t bundles;            // items a sample
   int64_t bundle_groups;      // whole groups an item; a sample's last item takes what remains as well
@@ -47,7 +47,7 @@ struct Plan {
   int64_t work;               // doubles of scratch memory a thread
 };
 
-inline Plan make_plan(const NormInput& a) {
+inline NormPlan make_plan(const NormInput& a) {
   if (!a.channels_last) return {a.batch * a.groups, a.groups, 1, a.channels / a.groups * a.pixels, 0};
   // an item is a panel of pixels × channels: at least 64 channels keep every cache line whole, and where it comes out
   // even, whole vectors (of at most 32) leave no remainder
@@ -61,7 +61,7 @@ inline Plan make_plan(const NormInput& a) {
   return {a.batch * bundles, bundles, bundle, bundle * group_channels * a.pixels, 4 * widest};
 }
 
-SIGN_FAST_DECLARE_KERNEL(group_norm_silu, void, const GroupNormArgs&, const Plan&, int64_t begin, int64_t end,
+SIGN_FAST_DECLARE_KERNEL(group_norm_silu, void, const GroupNormArgs&, const NormPlan&, int64_t begin, int64_t end,
                          double* work)
 
 }  // namespace sign_fast

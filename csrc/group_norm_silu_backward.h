@@ -16,8 +16,8 @@ struct GroupNormBackwardArgs : NormInput {
   float* sums;         // (3, B, C): sums over the pixels of dv, dv·xhat and, if wanted, dx
 };
 
-inline Plan make_backward_plan(const NormInput& a) {
-  Plan plan = make_plan(a);
+inline NormPlan make_backward_plan(const NormInput& a) {
+  NormPlan plan = make_plan(a);
   // doubles: sums and six floats a channel, and in float the item itself; packs are of 32 channels or pixels at most
   if (a.channels_last) {
     const int64_t widest = plan.work / 4;
@@ -29,7 +29,7 @@ inline Plan make_backward_plan(const NormInput& a) {
   return plan;
 }
 
-SIGN_FAST_DECLARE_KERNEL(group_norm_silu_backward, void, const GroupNormBackwardArgs&, const Plan&, int64_t begin,
+SIGN_FAST_DECLARE_KERNEL(group_norm_silu_backward, void, const GroupNormBackwardArgs&, const NormPlan&, int64_t begin,
                          int64_t end, double* work)
 
 }  // namespace sign_fast

@@ -348,7 +348,7 @@ void contiguous_item(const GroupNormBackwardArgs& a, int64_t b, int64_t group, d
 }
 
 template <typename T, bool SILU>
-void run(const GroupNormBackwardArgs& a, const Plan& plan, int64_t begin, int64_t end, double* work) {
+void run(const GroupNormBackwardArgs& a, const NormPlan& plan, int64_t begin, int64_t end, double* work) {
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = item / plan.bundles, bundle = item % plan.bundles, first = bundle * plan.bundle_groups;
     if (a.channels_last) {
@@ -361,13 +361,13 @@ void run(const GroupNormBackwardArgs& a, const Plan& plan, int64_t begin, int64_
 }
 
 template <typename T>
-void run(const GroupNormBackwardArgs& a, const Plan& plan, int64_t begin, int64_t end, double* work) {
+void run(const GroupNormBackwardArgs& a, const NormPlan& plan, int64_t begin, int64_t end, double* work) {
   return a.silu ? run<T, true>(a, plan, begin, end, work) : run<T, false>(a, plan, begin, end, work);
 }
 
 }  // namespace
 
-void SIGN_FAST_ENTRY(group_norm_silu_backward)(const GroupNormBackwardArgs& a, const Plan& plan, int64_t begin,
+void SIGN_FAST_ENTRY(group_norm_silu_backward)(const GroupNormBackwardArgs& a, const NormPlan& plan, int64_t begin,
                                                int64_t end, double* work) {
   switch (a.dtype) {
     case Dtype::Float:

@@ -314,7 +314,7 @@ void channels_last_item(const GroupNormArgs& a, int64_t b, int64_t first_group, 
 }
 
 template <typename T, bool SILU>
-void run(const GroupNormArgs& a, const Plan& plan, int64_t begin, int64_t end, double* work) {
+void run(const GroupNormArgs& a, const NormPlan& plan, int64_t begin, int64_t end, double* work) {
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = item / plan.bundles, bundle = item % plan.bundles, first = bundle * plan.bundle_groups;
     if (a.channels_last) {
@@ -327,13 +327,13 @@ void run(const GroupNormArgs& a, const Plan& plan, int64_t begin, int64_t end, d
 }
 
 template <typename T>
-void run(const GroupNormArgs& a, const Plan& plan, int64_t begin, int64_t end, double* work) {
+void run(const GroupNormArgs& a, const NormPlan& plan, int64_t begin, int64_t end, double* work) {
   return a.silu ? run<T, true>(a, plan, begin, end, work) : run<T, false>(a, plan, begin, end, work);
 }
 
 }  // namespace
 
-void SIGN_FAST_ENTRY(group_norm_silu)(const GroupNormArgs& a, const Plan& plan, int64_t begin, int64_t end, double* work) {
+void SIGN_FAST_ENTRY(group_norm_silu)(const GroupNormArgs& a, const NormPlan& plan, int64_t begin, int64_t end, double* work) {
   switch (a.dtype) {
     case Dtype::Float:
       return run<float>(a, plan, begin, end, work);

@@ -1,7 +1,6 @@
 #include "linear_combination.h"
 
 #include <ATen/TensorSubclassLikeUtils.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mul.h>
@@ -9,6 +8,7 @@
 #include <algorithm>
 
 #include "combine.h"
+#include "operators.h"
 
 namespace sign_fast {
 namespace {
@@ -48,9 +48,7 @@ Tensor linear_combination(const std::vector<Term>& terms, at::ScalarType dtype) 
 }
 
 Tensor linear_combination(const std::vector<Term>& terms, const Tensor& coefficients, at::ScalarType dtype) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("sign_fast::combine", "")
-                             .typed<Tensor(at::TensorList, const Tensor&, at::ScalarType)>();
+  static const auto op = find_operator<Tensor(at::TensorList, const Tensor&, at::ScalarType)>("sign_fast::combine");
   std::vector<Tensor> states;
   for (const Term& term : terms) states.push_back(term.source);
   return op.call(states, coefficients, dtype);

@@ -6,7 +6,6 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <algorithm>
 #include <string>
 
 namespace py = pybind11;
@@ -21,10 +20,6 @@ Columns columns(const py::handle& value) {
   return {value.attr("start").cast<int64_t>(), value.attr("stop").cast<int64_t>()};
 }
 
-Resampling resampling(const std::string& name) {
-  return name == "up" ? Resampling::Up : name == "down" ? Resampling::Down : Resampling::None;
-}
-
 Operation operation(const py::handle& o) {
   const auto kind = py::type::of(o).attr("__name__").cast<std::string>();
   const auto list = [&](const char* name) { return o.attr(name).cast<std::vector<int64_t>>(); };
@@ -34,7 +29,7 @@ Operation operation(const py::handle& o) {
   if (kind == "Convolution")
     return ConvolutionOperation{list("inputs"),    index("output"),
                                 index("weight"),   index("bias"),
-                                index("padding"),  resampling(o.attr("resampling").cast<std::string>()),
+                                index("padding"),  resampling_of(o.attr("resampling").cast<std::string>()),
                                 index("residual"), flag("residual_up"),
                                 real("residual_scale"), real("scale")};
   if (kind == "Filter")

@@ -6,8 +6,6 @@
 
 #include <cstdint>
 #include <memory>
-#include <mutex>
-#include <optional>
 #include <variant>
 #include <vector>
 
@@ -81,7 +79,7 @@ struct ProgramData {
   std::vector<std::vector<int64_t>> last_uses() const;
 };
 
-// The network F: images in, images out.
+// The network F: images in, images out. Safe to call from several threads.
 class Executor {
  public:
   virtual ~Executor() = default;

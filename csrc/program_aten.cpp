@@ -1,5 +1,4 @@
 // A program by ATen operators and the library's own: on a GPU, and on the CPU in 16 bits.
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/avg_pool2d.h>
@@ -13,6 +12,7 @@
 #include <algorithm>
 #include <array>
 
+#include "operators.h"
 #include "program.h"
 
 namespace sign_fast {
@@ -29,11 +29,6 @@ using JoinSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, c
 using AttentionSignature = Tensor(const Tensor&, int64_t, bool);
 using StepSignature = Tensor(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                              const OptionalTensor&, c10::SymInt, const OptionalTensor&, const OptionalTensor&);
-
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 // (B, C, H, W) channels_last -> (B·H·W, C), a view
 Tensor pixels(const Tensor& x) { return x.permute({0, 2, 3, 1}).reshape({-1, x.size(1)}); }
@@ -58,7 +53,8 @@ Tensor epilogue(Tensor y, const OptionalTensor& bias, const OptionalTensor& resi
 
 class AtenExecutor final : public Executor {
  public:
-  AtenExecutor(ProgramData data, at::ScalarType dtype) : data_(std::move(data)), uses_(data_.last_uses()), dtype_(dtype) {
+  AtenExecutor(ProgramData data, at::ScalarType dtype)
+      : data_(std::move(data)), uses_(data_.last_uses()), dtype_(dtype) {
     folded_.resize(data_.operations.size());
     for (size_t i = 0; i < data_.operations.size(); ++i)
       if (const auto* o = std::get_if<ConvolutionOperation>(&data_.operations[i])) folded_[i] = fold(*o);
@@ -76,7 +72,7 @@ class AtenExecutor final : public Executor {
   }
 
   Tensor denoise(const Tensor& x, const Tensor& rows, const Tensor& coefficients) override {
-    static const auto op = find<StepSignature>("sign_fast::sampler_step");
+    static const auto op = find_operator<StepSignature>("sign_fast::sampler_step");
     const at::NoGradGuard guard;
     const Tensor state = x.to(at::kFloat);
     const auto coefficient = [&](int64_t i) { return coefficients.narrow(0, i, 1); };
@@ -174,7 +170,7 @@ class AtenExecutor final : public Executor {
   }
 
   void apply(size_t, const NormOperation& o, std::vector<Tensor>& buffers, const Tensor& rows) const {
-    static const auto op = find<NormSignature>("sign_fast::group_norm_silu");
+    static const auto op = find_operator<NormSignature>("sign_fast::group_norm_silu");
     const auto column = [&](const Columns& c) {
       return c ? OptionalTensor(rows.narrow(1, c.start, c.stop - c.start)) : std::nullopt;
     };
@@ -185,7 +181,7 @@ class AtenExecutor final : public Executor {
   }
 
   void apply(size_t, const JoinNormOperation& o, std::vector<Tensor>& buffers, const Tensor&) const {
-    static const auto op = find<JoinSignature>("sign_fast::residual_group_norm_silu");
+    static const auto op = find_operator<JoinSignature>("sign_fast::residual_group_norm_silu");
     std::tie(buffers[o.sum], buffers[o.output]) =
         op.call(buffers[o.input], buffers[o.skip], constant(o.join_bias), o.skip_scale, o.groups, constant(o.weight),
                 constant(o.bias), o.eps, o.silu);
@@ -194,7 +190,7 @@ class AtenExecutor final : public Executor {
   void apply(size_t, const AttentionOperation& o, std::vector<Tensor>& buffers, const Tensor&) const {
     const Tensor& qkv = buffers[o.input];
     if (qkv.is_cuda()) {
-      static const auto op = find<AttentionSignature>("sign_fast::projected_attention");
+      static const auto op = find_operator<AttentionSignature>("sign_fast::projected_attention");
       buffers[o.output] = op.call(qkv, o.heads, false);
       return;
     }

@@ -5,7 +5,8 @@
 #include <ATen/ops/resolve_neg.h>
 
 #include <algorithm>
-#include <numeric>
+#include <mutex>
+#include <utility>
 
 #include "attention.h"
 #include "group_norm_silu.h"
@@ -350,7 +351,7 @@ class NativeExecutor final : public Executor {
   static void norm(const GroupNormArgs& args) {
     static const auto kernel = choose_group_norm_silu();
     constexpr int64_t grain = 16384;  // elements below which a second thread does not pay
-    const Plan plan = make_plan(args);
+    const NormPlan plan = make_plan(args);
     at::parallel_for(0, plan.items, std::max<int64_t>(1, grain / plan.elements_per_item),
                      [&](int64_t begin, int64_t end) {
                        const auto work = std::make_unique_for_overwrite<double[]>(plan.work);

@@ -12,6 +12,7 @@ namespace sign_fast {
 Plan::Plan(int64_t registers, int64_t draws, int64_t result, at::ScalarType dtype)
     : registers_(registers), draws_(draws), result_(result), dtype_(dtype) {
   check_register(result);
+  if (draws < 1) throw std::out_of_range("a plan draws its latents at least");
 }
 
 int64_t Plan::check_register(int64_t number) const {

@@ -36,9 +36,8 @@ struct Denoiser {
 
 class Plan {
  public:
+  // All three throw std::out_of_range where a register or draw does not exist; draw 0 has to.
   Plan(int64_t registers, int64_t draws, int64_t result, at::ScalarType dtype);
-
-  // Both throw std::out_of_range where a register or draw does not exist.
   void add(Combine step);
   void add(Call step);
 

@@ -55,7 +55,8 @@ void bind_sampler_loop(py::module_& m) {
           },
           py::arg("target"), py::arg("terms"), py::arg("noise"))
       .def(
-          "call", [](Plan& plan, int64_t target, int64_t source, int64_t level) { plan.add(Call{target, source, level}); },
+          "call",
+          [](Plan& plan, int64_t target, int64_t source, int64_t level) { plan.add(Call{target, source, level}); },
           py::arg("target"), py::arg("source"), py::arg("level"))
       .def("run", run, py::arg("denoiser"), py::arg("draws"), py::arg("coefficients") = py::none(),
            "Runs it with denoiser(x, level); the GIL is held while the denoiser runs only.");

@@ -329,6 +329,7 @@ def optimize(
         raise TypeError(f"optimize takes a network of sign_fast.models, such as models.load returns, not {net!r:.60}")
     if dtype not in INNER_DTYPES:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, not {dtype}")
-    if isinstance(net, IdempotentPrecond):
-        return OptimizedIdempotentNet(net, dtype, consume, lean)
-    return OptimizedNet(net, dtype, consume, lean)
+    with torch.inference_mode(False):  # else `update` could not write to it outside of inference mode
+        if isinstance(net, IdempotentPrecond):
+            return OptimizedIdempotentNet(net, dtype, consume, lean)
+        return OptimizedNet(net, dtype, consume, lean)

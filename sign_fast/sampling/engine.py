@@ -196,7 +196,7 @@ class Engine:
     ) -> Tensor:
         """Images by a sampler of the caller's."""
         noise = self._noise(seeds)
-        latents = noise.randn([len(seeds), *self._shape])
+        latents = noise.randn([len(seeds), *self._shape], dtype=torch.float32)
         one_hot = self._one_hot(self._classes(noise, len(seeds), labels))
         images = sampler(self._net, latents, one_hot, noise.randn_like, num_steps=steps, **options)
         return functional.to_uint8(images) if output == "uint8" else images.float()
@@ -210,7 +210,7 @@ class Engine:
             inputs = {"seeds": noise.seeds}
             classes = self._classes(noise, count, labels)
         else:  # the published order: latents, labels, the noise of the steps
-            latents = noise.randn([count, *self._shape])
+            latents = noise.randn([count, *self._shape], dtype=torch.float32)
             classes = self._classes(noise, count, labels)
             draws = draw_ahead(prepared.plan, latents, noise.randn_like)
             inputs = {f"draw{i}": draw for i, draw in enumerate(draws)}

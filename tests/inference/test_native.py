@@ -118,6 +118,16 @@ def test_engine_in_many_threads(monkeypatch):
         sys.setswitchinterval(interval)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("sampler", ["edm", "one_step"])
+def test_nan_is_black(sampler):
+    """As in `to_uint8`, from float64 and from float32 images."""
+    net = models.load("digits-uncond", "cpu")
+    next(p for name, p in net.named_parameters() if name.endswith("8x8_aux_conv.bias")).fill_(torch.nan)
+    generator = engine.Engine(net)
+    assert not generator.generate([0, 1], sampler, 1, None).any()
+
+
 def test_a_lean_network_loads_nothing():
     lean = optimize(models.load("digits-uncond", "cpu"), lean=True)
     state = optimize(models.load("digits-uncond", "cpu")).state_dict()

@@ -193,8 +193,8 @@ def test_update_in_place(net, table, monkeypatch):
 def test_update_after_inference_mode(cond):
     """What was cached in inference mode can be computed anew outside of it."""
     x, sigma, labels = inputs(cond)
-    optimized = optimize(cond)
     with torch.inference_mode():
+        optimized = optimize(cond)
         want = optimized(x, 2.5)
         optimized(x, sigma, labels)
     optimized.update(network("ddpmpp-cond", seed=2))

@@ -69,6 +69,17 @@ def test_a_seed_is_an_image_whatever_the_batch(digits):
         assert (digits(part, 4).int() - whole[part]).abs().max() <= 1
 
 
+def test_a_seed_is_an_image_whatever_the_default_dtype(digits, labelled):
+    calls = [(digits, "edm"), (labelled, "few_step"), (labelled, "one_step")]
+    want = [generator([1, 2], 1, sampler=sampler) for generator, sampler in calls]
+    torch.set_default_dtype(torch.float64)
+    try:
+        for (generator, sampler), images in zip(calls, want, strict=True):
+            assert torch.equal(generator([1, 2], 1, sampler=sampler), images)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_labels(labelled):
     threes = labelled([1, 2], 3, 3)
     for same in ([3], [3, 3], torch.tensor([3, 3]), np.array([3, 3]), np.int64(3)):

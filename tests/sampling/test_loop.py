@@ -166,6 +166,8 @@ def test_refusals():
 def test_plans_that_make_no_sense(step):
     with pytest.raises(IndexError):
         run_plan(Plan((step,), (1.0,), 1, 2, 0), lambda x, level: x, [torch.zeros(SHAPE)])
+    with pytest.raises(IndexError, match="draws its latents"):
+        extension.module().Plan(1, 0, 0, torch.float32)
     with pytest.raises(IndexError, match="register 3 of 2"):
         run_plan(Plan((), (), 1, 2, 3), lambda x, level: x, [torch.zeros(SHAPE)])
 
