@@ -7,8 +7,9 @@ bytes   least traffic when each operation that the library fuses reads its input
         included, the residual being read; a group norm with embedding and SiLU its input and output; attention its q, k
         and v and its result. Concatenations are read in place; the embedding network counts with its weights only.
 
-Ceilings, measured in the same run: the best rate of large matrix products in the dtype, and the best bandwidth of a
-large copy or triad, on a CPU with the benchmark's threads.
+Ceilings, measured in the same run: the best rate of large matrix products in the dtype, on a CPU of a 3×3 convolution
+too (some CPUs' matrix library does not reach what their convolutions do), and the best bandwidth of a large copy or
+triad, on a CPU with the benchmark's threads.
 
 attainable time = max(FLOPs / rate, bytes / bandwidth), and the fraction of the roofline is that over the measured time.
 It can pass 1: Winograd convolutions multiply less than is counted here, and what fits a cache need not travel.
@@ -32,6 +33,7 @@ from benchmarks import plain
 
 _SECONDS = 0.2  # for one size of matrix, one form of copy
 _CPU_SIZES = (256, 512, 1024, 2048)
+_CPU_IMAGES = 16  # of the convolution
 _CPU_ELEMENTS = 1 << 25  # 128 MiB an array: more than a cache holds
 _CUDA_SIZES = (4096, 8192, 16384)
 
@@ -132,6 +134,10 @@ def _cpu_ceilings(dtype: torch.dtype) -> Ceilings:
         rates.append(2 * size**3 / seconds)
         if seconds > _SECONDS:
             break
+    x = torch.randn(_CPU_IMAGES, 256, 16, 16, dtype=dtype).to(memory_format=torch.channels_last)
+    weight = torch.randn(256, 256, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
+    convolution = _best(lambda: torch.nn.functional.conv2d(x, weight, padding=1))
+    rates.append(2 * weight.numel() * x.numel() / 256 / convolution)
     a, b, c = (torch.ones(_CPU_ELEMENTS) for _ in range(3))
     copied = 2 * a.nbytes / _best(lambda: a.copy_(b))
     triad = 3 * a.nbytes / _best(lambda: torch.add(b, c, alpha=3, out=a))

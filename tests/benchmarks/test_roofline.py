@@ -95,6 +95,7 @@ def test_the_slower_of_the_ceilings_bounds_the_time():
 def test_ceilings_are_measured_once(monkeypatch):
     monkeypatch.setattr(roofline, "_CPU_SIZES", (64,))
     monkeypatch.setattr(roofline, "_CPU_ELEMENTS", 1 << 12)
+    monkeypatch.setattr(roofline, "_CPU_IMAGES", 1)
     monkeypatch.setattr(roofline, "_SECONDS", 0.0)
     roofline.measure.cache_clear()
     first = roofline.measure("cpu", torch.float32)
