@@ -1,6 +1,6 @@
 # make demo   install into .venv, draw a grid of digits, time the providers      (PYTHON=python3: no .venv, no network)
 # make test   install into .venv and run every check: lint, types, tests
-# make gpu    the kernels on an NVIDIA GPU: tests, graphs, compute-sanitizer, timings   (nine minutes, RESULTS=out/gpu)
+# make gpu    kernels and engine on an NVIDIA GPU: tests, graphs, compute-sanitizer, timings   (nine minutes, RESULTS=out/gpu)
 # make wheel  a wheel in dist/          make clean   what make made
 
 VENV := .venv
