@@ -1,7 +1,8 @@
 # make demo   install into .venv, draw a grid of digits, time the providers      (PYTHON=python3: no .venv, no network)
 # make test   install into .venv and run every check: lint, types, tests
-# make gpu    kernels and engine on an NVIDIA GPU: tests, graphs, compute-sanitizer, timings   (nine minutes, RESULTS=out/gpu)
-# make wheel  a wheel in dist/          make clean   what make made
+# make gpu    kernels and engine on an NVIDIA GPU: tests, graphs, compute-sanitizer, timings   (ten minutes, RESULTS=out/gpu)
+# make wheel  a wheel in dist/; ARCHS="8.0;9.0" puts machine code for those GPUs into it, PRESETS=digits of fewer networks
+# make clean  what make made
 
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -24,15 +25,15 @@ PARALLEL = $(shell $(PY) -c 'import xdist; print("-n auto")' 2>/dev/null)
 help:
 	@sed -n '/^#/s/^# //p' Makefile
 
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/launcher/*)
 	test -x $(VENV)/bin/python || python3 -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -q -c constraints.txt torch setuptools wheel ninja pybind11
+	$(VENV)/bin/python -m pip install -q -c constraints.txt torch setuptools wheel
 	$(VENV)/bin/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
 in-place:
 	@$(PY) setup.py -q build_ext --inplace > build_ext.log 2>&1 && rm -f build_ext.log \
-	  || echo "the C++ extension cannot be built here, going on without it: see build_ext.log"
+	  || echo "the extensions cannot be built here, going on without them: see build_ext.log"
 
 demo: $(READY)
 	$(PY) -m sign_fast.cli generate --network digits-uncond --seeds 0-99 --batch 100 --outdir $(OUT)/images --grid $(OUT)/digits.png
@@ -52,7 +53,7 @@ gpu: $(filter-out in-place,$(READY))  # building the extension is its own first 
 	@$(PY) benchmarks/gpu.py --results "$(RESULTS)"
 
 wheel: $(READY)
-	$(PY) -m build --wheel --no-isolation
+	$(if $(ARCHS),SIGN_FAST_ARCHS="$(ARCHS)") $(if $(PRESETS),SIGN_FAST_PRESETS="$(PRESETS)") $(PY) -m build --wheel --no-isolation
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info sign_fast/*.so kernels/extension_build.json build_ext.log .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build dist out *.egg-info sign_fast/*.so kernels/extension_build.json kernels/packs/*.zip build_ext.log .mypy_cache .ruff_cache .pytest_cache

@@ -28,8 +28,9 @@ from torch import Tensor
 from benchmarks import kernel_cases
 from benchmarks.kernel_cases import DTYPES, OPERATIONS, Case, Direction
 from benchmarks.ledger import commit
-from sign_fast.kernels.ahead_of_time import ARCHITECTURES, compile, key
+from sign_fast.kernels.ahead_of_time import ARCHITECTURES, compile
 from sign_fast.kernels.device import KNOWN
+from sign_fast.kernels.packs.key import key
 from sign_fast.kernels.resources import resources, wide_share
 
 LEDGER = ROOT / "benchmarks" / "results" / "codegen.csv"

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 REPEATS = 3  # of --cold
 
 
-def _peak_rss_mb() -> float:
+def peak_rss_mb() -> float:
+    """Resident memory of this process at its peak, in MiB."""
     # not getrusage: its maximum is carried over from the parent through exec
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
@@ -55,7 +56,7 @@ def child(request: dict[str, Any]) -> dict[str, float]:
     before = time.perf_counter()
     provider(seeds)
     steady = time.perf_counter() - before
-    peak = torch.cuda.max_memory_allocated() / 2**20 if case.device.startswith("cuda") else _peak_rss_mb()
+    peak = torch.cuda.max_memory_allocated() / 2**20 if case.device.startswith("cuda") else peak_rss_mb()
     return {
         "import_s": imported,
         "ready_s": first_image - imported,
@@ -82,10 +83,18 @@ def cold(name: str, case: Case, batch: int, timeout: float, threads: int | None 
     Raises:
         RuntimeError: it failed or ran into the time limit; the message is its last line.
     """
+    request = {"name": name, "case": vars(case), "batch": batch, "threads": threads, "started": time.time()}
+    return in_fresh_process("import benchmarks.cold as c; c.child_main()", request, timeout)
+
+
+def in_fresh_process(program: str, request: dict[str, Any], timeout: float) -> dict[str, float]:
+    """What a Python program prints as its last line, JSON, with the request as its argument.
+
+    Raises:
+        RuntimeError: it failed or ran into the time limit; the message is its last line.
+    """
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    program = "import benchmarks.cold as c; c.child_main()"
-    request = {"name": name, "case": vars(case), "batch": batch, "threads": threads, "started": time.time()}
     try:
         done = subprocess.run(
             [sys.executable, "-c", program, json.dumps(request)],

@@ -1,8 +1,8 @@
-"""Everything that only a GPU can tell, in nine minutes, into one folder: `make gpu` runs this.
+"""Everything that only a GPU can tell, in ten minutes, into one folder: `make gpu` runs this.
 
 Builds the extension, runs the kernel and engine tests on the device, captures each operation in a CUDA graph, runs
-compute-sanitizer, times whole generations and the kernels. Each step has a time limit and a log; a step that fails does
-not stop the others.
+compute-sanitizer, times whole generations, training and the kernels. Each step has a time limit and a log; a step that
+fails does not stop the others.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ if __package__ in (None, ""):  # run as a file; an installed sign_fast goes befo
 
 import click
 
-TOTAL = 535.0  # seconds, of nine minutes
+TOTAL = 565.0  # seconds, of ten minutes
 CACHE = ".cache"  # of compilers, in the results folder: what is compiled for throughput is not compiled for latency
-FILES = ("summary.json", "sweep.json", "sweep.png", "latency.json", "kernels.json")
-_TESTS = 160.0  # seconds of what runs at the same time
+FILES = ("summary.json", "sweep.json", "sweep.png", "latency.json", "training.json", "training.png", "kernels.json")
+FILES += ("packs.json", "launch_overhead.json")
+_TESTS = 120.0  # seconds of what runs at the same time
 _OVERHEAD = 20.0  # seconds in which a step starts and ends
 NOTHING_COLLECTED = 5  # pytest's exit status for files that only the interpreter runs
 
@@ -59,6 +60,13 @@ def _lacks(file: Path) -> str:
     return "hypothesis is not installed" if needs else ""
 
 
+def _capability() -> str:
+    """Of the GPU here, "9.0"; an H100's where there is none."""
+    import torch
+
+    return "{}.{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else "9.0"
+
+
 def phases(results: Path) -> list[list[Step]]:
     """The steps of one phase run at the same time; timing has the machine to itself."""
     folder = ROOT / "tests" / "kernels_triton"
@@ -82,21 +90,33 @@ def phases(results: Path) -> list[list[Step]]:
     )
     throughput = (sys.executable, "benchmarks/throughput.py", "--preset", "cifar10-uncond-vp", "--dtype", "bfloat16")
     throughput += ("--device", "cuda", "--no-ledger", "--outdir", str(results))
-    sweep = ("--sweep", "--batch", "1,256", "--steps", "4", "--seconds", "24", "--cold-timeout", "140")
-    latency = ("--latency", "--seconds", "8", "--cold-timeout", "40")
+    sweep = ("--sweep", "--batch", "1,256", "--steps", "4", "--seconds", "24", "--cold-timeout", "110")
+    latency = ("--latency", "--seconds", "8", "--cold-timeout", "30")
     cache = tuple(
         (name, str(results / CACHE / name.lower())) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     )
+    training = (sys.executable, "benchmarks/training.py", "--preset", "cifar10-uncond-vp", "--precision", "bf16")
+    training += ("--device", "cuda", "--no-ledger", "--outdir", str(results), "--seconds", "20")
+    training += ("--warm-up-timeout", "70")
+    cubin_folder = results / CACHE / "packs"
+    cubins = (sys.executable, "-m", "sign_fast.cli", "build-cubins", "--archs", _capability())
+    cubins += ("--presets", "cifar10-uncond-vp", "--outdir", str(cubin_folder))
+    packs = (sys.executable, "benchmarks/packs.py", "--packs", str(cubin_folder), "--repeats", "1", "--timeout", "40")
+    overhead = (sys.executable, "benchmarks/launch_overhead.py", "--device", "cuda")
     kernels = (sys.executable, "benchmarks/kernels.py", "--device", "cuda", "--seconds", "{left}")
     return [
-        [Step("build", (sys.executable, "setup.py", "-q", "build_ext", "--inplace"), 100, "build.log")],
+        [Step("build", (sys.executable, "setup.py", "-q", "build_ext", "--inplace"), 70, "build.log")],
         [
             *tests,
-            Step("graph capture", _pytest("tests/kernels_triton/test_capture.py"), _TESTS, "capture.log"),
+            Step("graph capture", _pytest("tests/kernels_triton/test_capture.py"), _TESTS, "tests.log"),
             sanitize,
+            Step("build packs", cubins, _TESTS, "packs.log"),
         ],
-        [Step("throughput", (*throughput, *sweep), 230, "throughput.log", cache)],
-        [Step("latency", (*throughput, *latency), 70, "throughput.log", cache)],
+        [Step("throughput", (*throughput, *sweep), 150, "throughput.log", cache)],
+        [Step("latency", (*throughput, *latency), 40, "throughput.log", cache)],
+        [Step("training", training, 100, "throughput.log", cache)],
+        [Step("packs", (*packs, "--out", str(results / "packs.json")), 95, "packs.log")],
+        [Step("launch overhead", (*overhead, "--out", str(results / "launch_overhead.json")), 15, "packs.log")],
         [Step("kernels", (*kernels, "--out", str(results / "kernels.json")), 150, "kernels.log")],
     ]
 

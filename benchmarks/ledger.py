@@ -1,6 +1,6 @@
 """The append-only ledger: one CSV row a measurement, with all that is needed to repeat it.
 
-`python benchmarks/ledger.py FILE …` appends what throughput.py wrote elsewhere: throughput.json, latency.json, ….
+`python benchmarks/ledger.py FILE …` appends what throughput.py and training.py wrote elsewhere: sweep.json, ….
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ COLUMNS = [
     "warm_up_s",
     "peak_mb",
     "rounds",
-    "mode",  # throughput, latency, cold or sweep; empty in rows from before there was a choice
+    "mode",  # throughput, latency, cold, sweep or training; empty in rows from before there was a choice
     "ms_p99",
     "import_s",
     "ready_s",
@@ -74,6 +74,9 @@ COLUMNS = [
     "matrix_tflop_s",
     "copy_gb_s",
     "roofline",
+    "method",  # of distillation, with mode training
+    "seconds_per_iteration",
+    "network_passes",
 ]
 
 
@@ -100,6 +103,13 @@ def _cpu_name() -> str:
         return platform.machine()
 
 
+def without_folder(word: str) -> str:
+    """A word of a command in which a file is named from the repository, and one outside of it by its last part."""
+    option, equals, path = word.rpartition("=")
+    path = path.removeprefix(f"{ROOT}{os.sep}")
+    return f"{option}{equals}{Path(path).name if os.path.isabs(path) else path}"
+
+
 def environment(device: str) -> dict[str, Any]:
     """The facts that all rows of one run share."""
     cuda = device.startswith("cuda")
@@ -107,7 +117,7 @@ def environment(device: str) -> dict[str, Any]:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
         triton = "none"
-    words = [Path(sys.argv[0]).name, *(word.removeprefix(f"{ROOT}{os.sep}") for word in sys.argv[1:])]
+    words = [Path(sys.argv[0]).name, *(without_folder(word) for word in sys.argv[1:])]
     if cuda:
         name = torch.cuda.get_device_name(device)
         driver = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[0:1]
@@ -182,14 +192,14 @@ def read(path: Path) -> list[dict[str, str]]:
 @click.option("--ledger", type=click.Path(path_type=Path, dir_okay=False), default=DEFAULT, show_default="results/")
 @click.argument("reports", type=click.Path(path_type=Path, exists=True, dir_okay=False), nargs=-1, required=True)
 def main(ledger: Path, reports: tuple[Path, ...]) -> None:
-    """Append the rows of throughput's JSON REPORTS to the ledger."""
+    """Append the rows of throughput's and training's JSON REPORTS to the ledger."""
     try:
         found = [row for path in reports for row in json.loads(path.read_text())["rows"] if "skipped" not in row]
         if not all("provider" in row and "date" in row for row in found):
             raise ValueError("a row without its provider and date")
         append(ledger, found)
     except (KeyError, TypeError, ValueError) as error:
-        raise click.ClickException(f"not a report of benchmarks/throughput.py: {error}") from error
+        raise click.ClickException(f"not a report of benchmarks/throughput.py or training.py: {error}") from error
     except SignFastError as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"{len(found)} rows appended to {ledger}")

@@ -1,8 +1,8 @@
 """Writes README's tables from the ledger, so that every figure there has a row; --check only compares.
 
 A table stands between `<!-- ledger preset=digits-uncond device_type=cpu -->` and `<!-- /ledger -->`; the words filter
-the rows (`sampler=edm steps=18 threads=1`; `mode=latency`, else it is mode=throughput), the newest run of each batch
-size, sampler, steps, dtype and threads is shown; what differs among the rows has its column.
+the rows (`sampler=edm steps=18 threads=1`; `mode=latency` or `mode=training`, else it is mode=throughput), the newest
+run of each batch size, sampler, steps, dtype and threads is shown; what differs among the rows has its column.
 `<!-- kernels device_type=cpu -->` is the same of the ledger of single operations: the newest run, summed up over its
 shapes.
 """
@@ -50,10 +50,12 @@ def _spread(r: _Row) -> str:
 # heading, cell, and the column that has to be filled in by a row for the heading to be shown
 _COLUMNS: list[tuple[str, Callable[[_Row], str], str]] = [
     ("images/s", _rate, "images_per_second"),
+    ("s/iteration", _number("seconds_per_iteration", "{:.3g}"), "seconds_per_iteration"),
     ("ms/image (p20, p80)", _spread, "ms_p50"),
     ("p99", _number("ms_p99", "{:.3g}"), "ms_p99"),
     ("vs plain", _number("ratio_to_plain", "{:.2f}×"), "ratio_to_plain"),
     ("of roofline", _number("roofline", "{:.0f}%", 100), "roofline"),
+    ("network passes", _number("network_passes", "{:.0f}"), "network_passes"),
     ("launches", _number("launches", "{:.0f}"), "launches"),
     ("captured", _number("captured_mb", "{:.0f} MB"), "captured_mb"),
     ("import", _number("import_s", "{:.1f} s"), "import_s"),
@@ -84,7 +86,7 @@ def markdown(rows: list[_Row]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     sources = {
         f"{r['device']}, {r['threads']} threads, driver {r['driver']}, torch {r['torch']}, {r['dtype']}, "
-        f"{r['sampler']} {r['steps']} step(s), commit {r['commit']}, {r['date'][:10]}: `{r['command']}`"
+        f"{r['sampler'] or r['method']} {r['steps']} step(s), commit {r['commit']}, {r['date'][:10]}: `{r['command']}`"
         for r in newest.values()
     }
     return "\n".join([*lines, "", *(f"<sub>{source}</sub>" for source in sorted(sources))]) + "\n"
@@ -113,7 +115,7 @@ def kernels_markdown(rows: list[dict[str, str]]) -> str:
     return "\n".join([*lines, "", f"<sub>{source}</sub>"]) + "\n"
 
 
-_ORDER = ["plain", "compile", "drop_in", "sign_fast"]
+_ORDER = ["plain", "plain_no_tf32", "compile", "drop_in", "sign_fast", "sign_fast_combined"]
 _BUNDLED = re.compile(r"(<!-- bundled -->\n).*?(<!-- /bundled -->)", re.S)
 
 
@@ -121,10 +123,12 @@ def bundled() -> str:
     """The table of bundled networks, from the facts that training and evaluation wrote beside them."""
     from sign_fast.checkpoints.store import bundled_names, find, read_config
 
-    lines = ["| name | Fréchet distance | made by |", "|---|---:|---|"]
+    lines = ["| name | steps | Fréchet distance | made by |", "|---|---|---:|---|"]
     for name in bundled_names():
         config = read_config(find(name))
-        lines.append(f"| `{name}` | {config['quality']['Fréchet distance']} | `{config['trained']['command']}` |")
+        quality, command = config["quality"], config["trained"]["command"]
+        steps = f"{quality['steps']} {quality['sampler']}"
+        lines.append(f"| `{name}` | {steps} | {quality['Fréchet distance']} | `{command}` |")
     return "\n".join(lines) + "\n"
 
 

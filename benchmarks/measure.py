@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from benchmarks.providers import Provider
 
@@ -19,16 +19,29 @@ def interleaved(
 
     A round runs each provider once, in rotating order, on the same seeds.
     """
-    times: dict[str, list[float]] = {p.name: [] for p in providers}
+
+    def timed(provider: Provider) -> Callable[[int], float]:
+        def call(turn: int) -> float:
+            seeds = [seed + turn * batch + i for i in range(batch)]
+            before = time.perf_counter()
+            provider(seeds)
+            return time.perf_counter() - before
+
+        return call
+
+    return take_turns({p.name: timed(p) for p in providers}, seconds, rounds)
+
+
+def take_turns(calls: Mapping[str, Callable[[int], float]], seconds: float, rounds: int) -> dict[str, list[float]]:
+    """What each call returned in every round, its seconds; it is given the round's number."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
     end = time.perf_counter() + seconds
     turn = 0
     while turn < rounds or time.perf_counter() < end:
-        seeds = [seed + turn * batch + i for i in range(batch)]
-        start = turn % len(providers)
-        for provider in [*providers[start:], *providers[:start]]:
-            before = time.perf_counter()
-            provider(seeds)
-            times[provider.name].append(time.perf_counter() - before)
+        start = turn % len(names)
+        for name in [*names[start:], *names[:start]]:
+            times[name].append(calls[name](turn))
         turn += 1
     return times
 

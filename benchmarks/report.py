@@ -10,6 +10,7 @@ from sign_fast.checkpoints.atomic import write_atomically
 _HEADER = [
     ("batch", "batch", "{}"),
     ("provider", "provider", "{}"),
+    ("s/iteration", "seconds_per_iteration", "{:.4f}"),
     ("images/s", "images_per_second", "{:.2f}"),
     ("ms/image p20", "ms_p20", "{:.3f}"),
     ("p50", "ms_p50", "{:.3f}"),
@@ -17,6 +18,7 @@ _HEADER = [
     ("p99", "ms_p99", "{:.3f}"),
     ("vs plain", "ratio_to_plain", "{:.2f}x"),
     ("of roofline", "roofline", "{:.2f}"),
+    ("passes", "network_passes", "{}"),
     ("launches", "launches", "{:.0f}"),
     ("captured MB", "captured_mb", "{:.0f}"),
     ("import s", "import_s", "{:.2f}"),
@@ -25,7 +27,14 @@ _HEADER = [
     ("warm-up s", "warm_up_s", "{:.2f}"),
     ("peak MB", "peak_mb", "{:.0f}"),
 ]
-_COLOURS = {"plain": "#9aa0a6", "compile": "#f2a541", "drop_in": "#8ab4f8", "sign_fast": "#2b7de9"}
+_COLOURS = {
+    "plain": "#9aa0a6",
+    "plain_no_tf32": "#c4c7cb",
+    "compile": "#f2a541",
+    "drop_in": "#8ab4f8",
+    "sign_fast": "#2b7de9",
+    "sign_fast_combined": "#0b4fb3",
+}
 _MARKERS = {"plain": "s", "compile": "^", "drop_in": "D", "sign_fast": "o"}
 
 

@@ -16,12 +16,12 @@ namespace {
 constexpr int64_t kChunk = 32;          // pixels of an item
 
 // By shape alone, so that an image does not depend on its batch. Few input channels do not pay for the transforms.
-// Upsampled inputs leave F(2×2) 9 products a tile, as many a pixel as F(4×4) has. Of images smaller than a tile of 4×4
-// most would be padding, and where zeros cancel the error of F(4×4) is too large.
+// Upsampled inputs leave F(2×2) 9 products a tile, as many a pixel as F(4×4) has. Of images that tiles of 4×4 do not
+// fit much would be padding, and where zeros cancel the error of F(4×4) is too large.
 Algorithm choose(const ConvolutionShape& shape) {
   if (shape.kernel == 1 || shape.channels[0] + shape.channels[1] < 8) return Algorithm::Direct;
-  const bool small = shape.height < 4 || shape.width < 4;
-  return small || shape.resampling == Resampling::Up ? Algorithm::Winograd2 : Algorithm::Winograd4;
+  const bool up = shape.resampling == Resampling::Up;
+  return !up && prefers_winograd4(shape.height, shape.width) ? Algorithm::Winograd4 : Algorithm::Winograd2;
 }
 
 }  // namespace
@@ -46,14 +46,45 @@ Algorithm algorithm_of(std::string_view name) {
   return Algorithm::Winograd4;
 }
 
-AlignedFloats::AlignedFloats(int64_t size)
-    : data_(static_cast<float*>(::operator new(size * sizeof(float), std::align_val_t(kLine)))), size_(size) {
-  std::fill_n(data(), size, 0.f);
+Filter dense_filter(const float* weight, const ConvolutionShape& shape) {
+  const int64_t k = shape.kernel, in = shape.channels[0] + shape.channels[1];
+  return {weight, {in * k * k, k * k, k, 1}};
+}
+
+void gather_filter(const Filter& weight, int64_t kernel, int64_t channels, int64_t first, int64_t count,
+                   int64_t tap_step, int64_t channel_step, float* to) {
+  const auto copy = [&](int64_t tap, int64_t c) {
+    const int64_t step = weight.strides[0];
+    const float* from = &weight(first, c, tap / kernel, tap % kernel);
+    float* row = to + tap * tap_step + c * channel_step;
+    if (step == 1) {
+      std::copy_n(from, count, row);
+    } else {
+      for (int64_t o = 0; o < count; ++o) row[o] = from[o * step];
+    }
+  };
+  // what lies next to each other in memory is read in turn
+  if (weight.strides[1] < weight.strides[3]) {
+    for (int64_t tap = 0; tap < kernel * kernel; ++tap)
+      for (int64_t c = 0; c < channels; ++c) copy(tap, c);
+  } else {
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t tap = 0; tap < kernel * kernel; ++tap) copy(tap, c);
+  }
+}
+
+AlignedFloats::AlignedFloats(int64_t size) : AlignedFloats(uninitialized(size)) { std::fill_n(data(), size, 0.f); }
+
+AlignedFloats AlignedFloats::uninitialized(int64_t size) {
+  AlignedFloats floats;
+  floats.data_.reset(static_cast<float*>(::operator new(size * sizeof(float), std::align_val_t(kLine))));
+  floats.size_ = size;
+  return floats;
 }
 
 void AlignedFloats::Free::operator()(float* p) const { ::operator delete(p, std::align_val_t(kLine)); }
 
-PackedConvolution::PackedConvolution(const float* weight, const float* bias, const ConvolutionShape& shape,
+PackedConvolution::PackedConvolution(const Filter& weight, const float* bias, const ConvolutionShape& shape,
                                      Algorithm algorithm)
     : shape_(shape), algorithm_(algorithm), vectors_((shape.out_channels + vector_size() - 1) / vector_size()) {
   TORCH_CHECK(shape.kernel == 1 || shape.kernel == 3, "the kernel must be 1×1 or 3×3");
@@ -75,16 +106,21 @@ PackedConvolution::PackedConvolution(const float* weight, const float* bias, con
   winograd() ? pack_winograd(weight) : pack_direct(weight);
 }
 
-void PackedConvolution::pack_direct(const float* weight) {
+void PackedConvolution::pack_direct(const Filter& weight) {
   const int64_t k = shape_.kernel, in = in_channels(), size = vector_size();
   const bool phases = algorithm_ == Algorithm::Phases, low = shape_.resampling == Resampling::Up && (phases || k == 1);
   const int64_t taps = phases ? 2 : k, depth = taps * taps * in;  // a side, in all
   weights_ = AlignedFloats((phases ? 4 : 1) * depth * vectors_ * size);
   float* to = weights_.data();
-  for (int64_t phase = 0; phase < (phases ? 4 : 1); ++phase) {
+  for (int64_t i = 0; i < block_count(vectors_) && !phases; ++i) {
+    const Block block = sign_fast::block(vectors_, i);
+    const int64_t first = block.first * size, width = block.vectors * size;
+    gather_filter(weight, k, in, first, std::min(width, shape_.out_channels - first), in * width, width, to);
+    to += depth * width;
+  }
+  for (int64_t phase = 0; phase < 4 && phases; ++phase) {
     // taps i … of a side that one tap of phase 0 or 1 stands for: {0}, {1, 2} and {0, 1}, {2}
     const auto range = [&](int64_t side_phase, int64_t tap) -> std::pair<int64_t, int64_t> {
-      if (!phases) return {tap, tap + 1};
       return tap == 0 ? std::pair<int64_t, int64_t>{0, 1 + side_phase} : std::pair<int64_t, int64_t>{1 + side_phase, 3};
     };
     for (int64_t i = 0; i < block_count(vectors_); ++i) {
@@ -98,7 +134,7 @@ void PackedConvolution::pack_direct(const float* weight) {
               const auto [left, right] = range(phase % 2, column);
               double sum = 0;
               for (int64_t y = top; y < bottom; ++y)
-                for (int64_t x = left; x < right; ++x) sum += weight[((o * in + c) * k + y) * k + x];
+                for (int64_t x = left; x < right; ++x) sum += weight(o, c, y, x);
               *to = static_cast<float>(sum);
             }
     }

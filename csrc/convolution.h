@@ -24,6 +24,19 @@ struct ConvolutionShape {
   Resampling resampling;
 };
 
+// weight (o, c, ky, kx) is data[o·strides[0] + c·strides[1] + ky·strides[2] + kx·strides[3]]
+struct Filter {
+  const float* data;
+  int64_t strides[4];
+
+  const float& operator()(int64_t o, int64_t c, int64_t y, int64_t x) const {
+    return data[o * strides[0] + c * strides[1] + y * strides[2] + x * strides[3]];
+  }
+};
+
+// of a dense weight (out_channels, channels, k, k)
+Filter dense_filter(const float* weight, const ConvolutionShape& shape);
+
 struct ConvolutionArgs {
   const float* x[2];  // (B, H, W, channels) each, dense; H and W as they are before resampling
   int64_t batch;
@@ -34,11 +47,35 @@ struct ConvolutionArgs {
   float* y;  // (B, H, W, out_channels), aliases no input
 };
 
+// to[tap·tap_step + c·channel_step + o − first] for all taps and channels and o = first … first + count − 1
+void gather_filter(const Filter& weight, int64_t kernel, int64_t channels, int64_t first, int64_t count,
+                   int64_t tap_step, int64_t channel_step, float* to);
+
+// Whether F(4×4) is to be preferred to F(2×2), whose error is smaller: where its tiles fit, and multiply clearly less.
+bool prefers_winograd4(int64_t height, int64_t width);
+
+// The pixel of each value of each tile of an image, (tiles, (m + 2)²), −1 outside of it; up: of an image half as large.
+std::vector<int32_t> winograd_input_index(int64_t m, int64_t height, int64_t width, bool up);
+
+// The gradients of a convolution's weight and bias; the second input has no channels.
+struct WeightGradientArgs {
+  const float* x;   // (B, H, W, channels), dense; H and W as they are before resampling
+  const float* dy;  // (B, height, width, out_channels)
+  int64_t batch;
+  float* weight;       // (out_channels, channels, k, k) by strides
+  int64_t strides[4];
+  float* bias;  // (out_channels), or null
+};
+
+// Their bits depend on the shape and the batch, on the number of threads in none: sums are cut by shape alone.
+void weight_gradient(const ConvolutionShape& shape, const WeightGradientArgs& args);
+
 // Memory on whole cache lines.
 class AlignedFloats {
  public:
   AlignedFloats() = default;
   explicit AlignedFloats(int64_t size);  // zeros
+  static AlignedFloats uninitialized(int64_t size);
   float* data() const { return data_.get(); }
   int64_t size() const { return size_; }
 
@@ -58,7 +95,7 @@ float* align(float* p);
 class PackedConvolution {
  public:
   // weight (out_channels, channels, k, k) and bias (out_channels) or null are copied.
-  PackedConvolution(const float* weight, const float* bias, const ConvolutionShape& shape,
+  PackedConvolution(const Filter& weight, const float* bias, const ConvolutionShape& shape,
                     Algorithm algorithm = Algorithm::Automatic);
 
   // Needs workspace(batch, threads) floats for the threads that at::parallel_for has; allocates nothing.
@@ -69,8 +106,8 @@ class PackedConvolution {
   int64_t bytes() const;  // of packed weights and tables
 
  private:
-  void pack_direct(const float* weight);
-  void pack_winograd(const float* weight);
+  void pack_direct(const Filter& weight);
+  void pack_winograd(const Filter& weight);
   void run_direct(const ConvolutionArgs& args, float* workspace) const;
   void run_winograd(const ConvolutionArgs& args, float* workspace) const;
 

@@ -31,7 +31,7 @@ struct Tile {
 
   Tile() {}
 
-  // sum[r] = Σ_k x[r][k]·w[k·step …], of at most DEPTH terms: never leaves the registers
+  // sum[r] = Σ_k x[r][k]·w[k·step …], of few terms: never leaves the registers
   inline __attribute__((always_inline)) void set(const float* const (&x)[ROWS], const float* w, int64_t length,
                                                  int64_t step) {
     run(x, 0, w, length, step, sum);
@@ -86,16 +86,16 @@ struct Tile {
 };
 
 // Calls use(sum) with sum[r] = Σ_k x[r][k]·w[k·step …].
-template <int64_t NV, int64_t R, bool OWN = false, typename F>
+template <int64_t NV, int64_t R, bool OWN = false, int64_t MOST = DEPTH, typename F>
 inline __attribute__((always_inline)) void multiply(const float* const (&x)[R], const float* w, int64_t length,
                                                     F&& use, int64_t apart = 0) {
   Tile<NV, R, OWN> tile;
   tile.apart = apart;
-  if (length <= DEPTH) {
+  if (length <= MOST) {
     tile.set(x, w, length, NV * V);
     use(tile.sum);
   } else {
-    tile.add(x, w, length, NV * V);
+    tile.add(x, w, length, NV * V, MOST);
     use(tile.sum);
   }
 }

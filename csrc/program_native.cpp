@@ -173,7 +173,7 @@ class NativeExecutor final : public Executor {
                                    o->resampling};
       const Tensor bias = o->bias == kNone ? Tensor() : constants[o->bias].contiguous();
       native.convolution = std::make_unique<PackedConvolution>(
-          weight.const_data_ptr<float>(), bias.defined() ? bias.const_data_ptr<float>() : nullptr, shape);
+          dense_filter(weight.const_data_ptr<float>(), shape), bias.defined() ? bias.const_data_ptr<float>() : nullptr, shape);
       if (consume) {
         const auto bytes = static_cast<int64_t>(weight.nbytes());
         constants[o->weight].set_data(at::empty({0}, weight.options()));

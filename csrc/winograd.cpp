@@ -26,40 +26,44 @@ int64_t block_vectors(bool transformed) { return transformed ? 3 : 2; }
 
 }  // namespace
 
-void PackedConvolution::pack_winograd(const float* weight) {
-  const int64_t m = side_of(algorithm_), side = m + 2, in = in_channels(), size = vector_size();
-  transformed_ = side * side * in * vectors_ * size <= kTransformed;
-  weights_ = AlignedFloats((transformed_ ? side * side : 9) * in * vectors_ * size);
-  zeros_ = AlignedFloats(in);
-  const int64_t half = shape_.resampling == Resampling::Up ? 1 : 0;
-  for (int64_t row = 0; row < shape_.height; row += m)
-    for (int64_t column = 0; column < shape_.width; column += m)
+bool prefers_winograd4(int64_t height, int64_t width) {
+  const auto products = [&](int64_t m) { return (height + m - 1) / m * ((width + m - 1) / m) * (m + 2) * (m + 2); };
+  return height >= 4 && width >= 4 && 10 * products(4) < 7 * products(2);
+}
+
+std::vector<int32_t> winograd_input_index(int64_t m, int64_t height, int64_t width, bool up) {
+  std::vector<int32_t> index;
+  index.reserve(((height + m - 1) / m) * ((width + m - 1) / m) * (m + 2) * (m + 2));
+  const int64_t half = up ? 1 : 0;
+  for (int64_t row = 0; row < height; row += m)
+    for (int64_t column = 0; column < width; column += m)
       for (int64_t y = row - 1; y <= row + m; ++y)
         for (int64_t x = column - 1; x <= column + m; ++x) {
-          const bool inside = y >= 0 && y < shape_.height && x >= 0 && x < shape_.width;
-          input_index_.push_back(inside ? (y >> half) * (shape_.width >> half) + (x >> half) : -1);
+          const bool inside = y >= 0 && y < height && x >= 0 && x < width;
+          index.push_back(inside ? (y >> half) * (width >> half) + (x >> half) : -1);
         }
+  return index;
+}
+
+void PackedConvolution::pack_winograd(const Filter& weight) {
+  const int64_t m = side_of(algorithm_), side = m + 2, in = in_channels(), size = vector_size();
+  transformed_ = side * side * in * vectors_ * size <= kTransformed;
+  weights_ = transformed_ ? AlignedFloats::uninitialized(side * side * in * vectors_ * size)
+                          : AlignedFloats(9 * in * vectors_ * size);
+  const auto filters = AlignedFloats::uninitialized(transformed_ ? 9 * in * std::min<int64_t>(vectors_, 3) * size : 0);
+  zeros_ = AlignedFloats(in);
+  input_index_ = winograd_input_index(m, shape_.height, shape_.width, shape_.resampling == Resampling::Up);
+  static const auto transform = choose_winograd_filters();
   float* to = weights_.data();
   const int64_t most = block_vectors(transformed_);
   for (int64_t i = 0; i < block_count(vectors_, most); ++i) {
     const Block block = sign_fast::block(vectors_, i, most);
     const int64_t width = block.vectors * size, first = block.first * size;
     const int64_t count = std::min(width, shape_.out_channels - first);
-    for (int64_t c = 0; c < in; ++c)
-      for (int64_t o = 0; o < count; ++o) {
-        const float* g = weight + ((first + o) * in + c) * 9;
-        if (!transformed_) {
-          for (int64_t k = 0; k < 9; ++k) to[(c * 9 + k) * width + o] = g[k];
-          continue;
-        }
-        for (int64_t row = 0; row < side; ++row)
-          for (int64_t column = 0; column < side; ++column) {
-            double sum = 0;
-            for (int64_t k = 0; k < 9; ++k)
-              sum += filter_coefficient(m, row, k / 3) * g[k] * filter_coefficient(m, column, k % 3);
-            to[((row * side + column) * in + c) * width + o] = static_cast<float>(sum);
-          }
-      }
+    float* gathered = transformed_ ? filters.data() : to;
+    if (transformed_ && count < width) std::fill_n(gathered, 9 * in * width, 0.f);
+    gather_filter(weight, 3, in, first, count, width, 9 * width, gathered);
+    if (transformed_) transform(m, gathered, in, width, to);
     to += (transformed_ ? side * side : 9) * in * width;
   }
 }

@@ -59,6 +59,9 @@ struct WinogradTask {
   int64_t depth() const { return channels[0] + channels[1]; }
 };
 
+// G·g·Gᵀ of filters (channels, 9, width) to ((m + 2)², channels, width); width: floats of whole vectors
+SIGN_FAST_DECLARE_KERNEL(winograd_filters, void, int64_t m, const float* filters, int64_t channels, int64_t width,
+                         float* to)
 // Transforms the inputs of tiles begin … end − 1 of those at work.
 SIGN_FAST_DECLARE_KERNEL(winograd_inputs, void, const WinogradTask&, int64_t begin, int64_t end)
 // Blocks of output channels begin … end − 1 of the tiles at work; scratch: winograd_scratch floats of this thread.

@@ -2,20 +2,12 @@
 #include "winograd.h"
 
 #include "matmul_tile.h"
+#include "winograd_transform.h"
 
 namespace sign_fast {
 namespace {
 
-// Vectors that are not set to zero first.
-template <int COUNT>
-union Vectors {
-  Vec v[COUNT];
-  Vectors() {}
-};
-
-inline Vec fma(float a, Vec b, Vec c) { return at::vec::fmadd(Vec(a), b, c); }
-
-constexpr float P = kPoint1, Q = kPoint2, P2 = P * P, Q2 = Q * Q;
+constexpr int64_t SUM = 16;  // products that join a sum together: of Winograd's errors theirs are the largest
 
 // Bᵀ·d of one side; the input's step is FROM vectors, the output's TO.
 template <int M, int FROM, int TO>
@@ -99,15 +91,16 @@ void inputs(const WinogradTask& t, int64_t begin, int64_t end) {
 }
 
 // Rows i and N − 1 (i = 0), or i and i + 1 (points ±p), of G·g·Gᵀ for all channels of a block: to is
-// (2, m + 2, channels, vectors). Two rows at a time read the filters half as often.
+// (m + 2, channels, vectors) of the first, and as much of the second `apart` after it. Two rows at a time read the
+// filters half as often.
 template <int M>
-void filter_rows(const float* g, int64_t i, int64_t depth, int64_t step, float* to) {
+void filter_rows(const float* g, int64_t i, int64_t depth, int64_t step, float* to, int64_t apart) {
   constexpr int N = M + 2;
   float coefficient[N][3];
   for (int64_t j = 0; j < N; ++j)
     for (int64_t k = 0; k < 3; ++k) coefficient[j][k] = static_cast<float>(filter_coefficient(M, j, k));
   const float* own = coefficient[i];
-  const int64_t row = N * depth * step, column = depth * step;
+  const int64_t column = depth * step;
   for (int64_t c = 0; c < depth; ++c, g += 9 * step, to += step)
     for (int64_t n = 0; n < step; n += V) {
       Vectors<3> s[2];
@@ -127,7 +120,7 @@ void filter_rows(const float* g, int64_t i, int64_t depth, int64_t step, float* 
 #pragma GCC unroll 2
       for (int64_t r = 0; r < 2; ++r) {
         const Vec* t = s[r].v;
-        float* y = to + r * row + n;
+        float* y = to + r * apart + n;
         (Vec(coefficient[0][0]) * t[0]).store(y);
 #pragma GCC unroll 2
         for (int64_t j = 1; j < N - 1; j += 2) {  // points ±p
@@ -141,11 +134,19 @@ void filter_rows(const float* g, int64_t i, int64_t depth, int64_t step, float* 
     }
 }
 
+template <int M>
+void filters(const float* g, int64_t depth, int64_t step, float* to) {
+  constexpr int N = M + 2;
+  const int64_t row = N * depth * step;
+  filter_rows<M>(g, 0, depth, step, to, (N - 1) * row);
+  for (int64_t i = 1; i < N - 1; i += 2) filter_rows<M>(g, i, depth, step, to + i * row, row);
+}
+
 template <int64_t NV, int64_t R>
 inline void product_rows(const float* x, const float* w, float* y, int64_t depth, int64_t count) {
   const float* rows[R];
   for (int64_t r = 0; r < R; ++r) rows[r] = x + std::min(r, count - 1) * depth;
-  multiply<NV, R>(rows, w, depth, [&](const auto& sum) {
+  multiply<NV, R, false, SUM>(rows, w, depth, [&](const auto& sum) {
 #pragma GCC unroll 8
     for (int64_t r = 0; r < R; ++r) {
       if (r >= count) break;
@@ -180,7 +181,7 @@ inline void product_alone(const float* x, int64_t x_apart, const float* w, int64
 #pragma GCC unroll 3
       for (int64_t n = 0; n < NV; ++n) sum[r][n].store(y + r * y_apart + n * V);
   };
-  multiply<NV, R, true>(rows, w, depth, use, w_apart);
+  multiply<NV, R, true, SUM>(rows, w, depth, use, w_apart);
 }
 
 template <int M, bool UP, int64_t NV>
@@ -239,7 +240,7 @@ void outputs(const WinogradTask& t, int64_t begin, int64_t end, float* scratch) 
       float* filters = scratch + N * N * stride;
       for (int64_t i = 0; i < N; ++i) {
         const int64_t row = i < 2 ? i * (N - 1) : i - 1;  // first and last, then the pairs
-        if (!t.transformed && i % 2 == 0) filter_rows<M>(weights, row, depth, step, filters);
+        if (!t.transformed && i % 2 == 0) filter_rows<M>(weights, row, depth, step, filters, N * depth * step);
         if (UP && row == 2) continue;
         const float* own = t.transformed ? weights + row * N * depth * step : filters + i % 2 * N * depth * step;
         if (t.tiles == 1) {
@@ -262,6 +263,10 @@ void outputs(const WinogradTask& t, int64_t begin, int64_t end, float* scratch) 
 }
 
 }  // namespace
+
+void SIGN_FAST_ENTRY(winograd_filters)(int64_t m, const float* g, int64_t channels, int64_t width, float* to) {
+  m == 2 ? filters<2>(g, channels, width, to) : filters<4>(g, channels, width, to);
+}
 
 void SIGN_FAST_ENTRY(winograd_inputs)(const WinogradTask& t, int64_t begin, int64_t end) {
   t.m == 2 ? inputs<2>(t, begin, end) : inputs<4>(t, begin, end);

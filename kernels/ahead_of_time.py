@@ -7,8 +7,6 @@ what is compiled here is what would be compiled at the first call; the launch's 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -109,7 +107,7 @@ def specialise(launch: Launch) -> Specialisation:
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
-    for place, parameter in enumerate(launch.kernel.params):
+    for place, parameter in enumerate(launch.function.params):
         value = given.get(parameter.name, parameter.default)
         kind, divisible = _argument(value, parameter)
         signature[parameter.name] = kind
@@ -118,21 +116,6 @@ def specialise(launch: Launch) -> Specialisation:
         elif divisible:
             attributes[place,] = _DIVISIBLE
     return Specialisation(signature, constants, attributes)
-
-
-def key(launch: Launch) -> str:
-    """A short text that is equal for launches that run the same machine code, in every process."""
-    signature, constants, attributes = specialise(launch)
-    facts = [
-        f"{launch.kernel.fn.__module__}.{launch.kernel.fn.__qualname__}",
-        list(signature.items()),
-        [(place, repr(value)) for (place,), value in constants.items()],
-        [place for (place,) in attributes],
-        launch.num_warps,
-        launch.num_stages,
-        launch.enable_fp_fusion,
-    ]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
 
 
 @contextmanager
@@ -163,7 +146,7 @@ def compile(launch: Launch, architecture: int) -> Compiled:
     from triton.compiler import ASTSource
 
     signature, constants, attributes = specialise(launch)
-    source = ASTSource(launch.kernel, signature, constants, attributes)
+    source = ASTSource(launch.function, signature, constants, attributes)
     options = {
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -58,9 +61,27 @@ def _cuda_device(index: int) -> Device:
     return Device(p.name, (p.major, p.minor), p.multi_processor_count, p.L2_cache_size, shared)
 
 
+def figures(index: int) -> Device:
+    """Of a GPU of this process."""
+    return _cuda_device(index)
+
+
+_assumed: ContextVar[Device] = ContextVar("assumed", default=KNOWN[90])
+
+
+@contextmanager
+def assuming(device: Device) -> Iterator[None]:
+    """The GPU that tensors on the meta device are taken to be on."""
+    token = _assumed.set(device)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
 def device_of(x: Tensor) -> Device:
-    """The GPU that x lives on; on the CPU and on the meta device (interpreter, code generation) an H100."""
-    return _cuda_device(x.device.index) if x.is_cuda else KNOWN[90]
+    """The GPU that x lives on; on the CPU and on the meta device an H100, or `assuming`'s."""
+    return _cuda_device(x.device.index) if x.is_cuda else _assumed.get()
 
 
 _NOT_A_GPU = Reason("Triton kernels run on NVIDIA GPUs")
@@ -74,7 +95,10 @@ def _gpu_reason(index: int) -> Reason | None:
         major, minor = _cuda_device(index).capability
         return Reason(f"the Triton kernels need compute capability 8.0, this GPU has {major}.{minor}")
     if importlib.util.find_spec("triton") is None:
-        return Reason("Triton is not installed", "pip install triton")
+        from .packs import dispatch
+
+        if not dispatch.serves(index):
+            return Reason("Triton is not installed, and no pack of machine code fits", "pip install triton")
     return None
 
 

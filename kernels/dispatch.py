@@ -35,6 +35,14 @@ class SlowPathWarning(UserWarning):
     """An operation runs on a slower implementation than this machine could offer."""
 
 
+class MissingKernelError(RuntimeError):
+    """No pack has the machine code that a launch needs, and SIGN_FAST_NO_JIT=1 forbids compiling it just in time."""
+
+
+class NoKernelError(RuntimeError):
+    """No pack has it and there is no Triton: the operator takes plain PyTorch."""
+
+
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 NOT_FAST_DTYPE = Reason("float64 is for checking only")
 COMPILING = Reason("a compiler fuses the plain form with its neighbours on the CPU")

@@ -17,6 +17,7 @@ def operations() -> dict[str, str]:
         "distill_loss, cpu": plain or "C++",
         "sampler_step, cpu": plain or "C++, gradients in plain PyTorch",
         "combine, cpu": plain or "C++, gradients in plain PyTorch",
+        "convolution, cpu": plain or "C++",
     }
     for index in range(torch.cuda.device_count()):
         reason = device.gpu_reason(index)

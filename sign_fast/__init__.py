@@ -15,6 +15,7 @@ _SUBMODULES = {
     "checkpoints",
     "data",
     "distill",
+    "editing",
     "functional",
     "inference",
     "kernels",

@@ -10,6 +10,10 @@ class SignFastError(ValueError):
     """Bad input. The command line prints it as one line and exits with status 1."""
 
 
+class SharedError(SignFastError):
+    """One that all processes of a run raise; the command line prints the first one's."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its type where it has none."""
     text = str(error).strip()

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from .kernels.attention import op as _attention
 from .kernels.combine import op as _combine
+from .kernels.convolution import op as _convolution
 from .kernels.distill_loss import op as _distill_loss
 from .kernels.group_norm_silu import op as _group_norm_silu
 from .kernels.sampler_step import op as _sampler_step
 from .kernels.sampler_step.reference import renoise as _renoise
 
 Activation = Literal["silu"] | None
+Resampling = Literal["none", "up", "down"]
 
 
 def _check(condition: bool, message: str) -> None:
@@ -206,17 +208,34 @@ def projected_attention(qkv: Tensor, num_heads: int, *, interleaved: bool = True
     return _attention.projected_attention(qkv, num_heads, interleaved)
 
 
-def _fake_weight(sigma: Tensor, sigma_data: float, batch: int) -> Tensor:
-    """w(σ) = (σ² + s²)/(σ s)² = 1/σ² + 1/s², (B,)."""
+def denoising_weight(sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
+    """w(σ) = (σ² + s²)/(σ s)² = 1/σ² + 1/s² of a denoiser's loss (EDM, Table 1).
+
+    Args:
+        sigma: B noise levels in any shape.
+        sigma_data: s, the data's standard deviation.
+
+    Returns:
+        (B,), at least float32.
+
+    Raises:
+        ValueError: sigma_data is not positive.
+    """
     if sigma_data <= 0:
         raise ValueError(f"sigma_data must be positive, not {sigma_data}")
-    if sigma.numel() != batch:
-        raise ValueError(f"sigma must hold {batch} values, not {sigma.numel()}")
     wide = sigma if sigma.dtype == torch.float64 else sigma.float()  # 1/σ² of small levels is beyond float16
     return wide.reshape(-1) ** -2 + sigma_data**-2
 
 
-def _check_predictions(images: Tensor, y_real: Tensor, y_fake: Tensor, weight: Tensor | None) -> None:
+def _fake_weight(sigma: Tensor, sigma_data: float, batch: int) -> Tensor:
+    """`denoising_weight` of `batch` levels."""
+    if sigma.numel() != batch:
+        raise ValueError(f"sigma must hold {batch} values, not {sigma.numel()}")
+    return denoising_weight(sigma, sigma_data)
+
+
+def _checked_predictions(images: Tensor, y_real: Tensor, y_fake: Tensor, weight: Tensor | None) -> Tensor | None:
+    """The weight as (B,), whatever shape its B values came in."""
     if not images.shape == y_real.shape == y_fake.shape:
         raise ValueError(
             f"images {tuple(images.shape)}, y_real {tuple(y_real.shape)} and y_fake {tuple(y_fake.shape)} must agree"
@@ -225,6 +244,7 @@ def _check_predictions(images: Tensor, y_real: Tensor, y_fake: Tensor, weight: T
         raise ValueError(f"weight must hold {images.shape[0]} values, not {weight.numel()}")
     _check_devices(images, y_real=y_real, y_fake=y_fake, weight=weight)
     _check_floating(images)
+    return None if weight is None else weight.reshape(-1)
 
 
 def _check_devices(first: Tensor, **others: Tensor | None) -> None:
@@ -233,25 +253,38 @@ def _check_devices(first: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{name} is on {t.device}, the rest on {first.device}: move it there")
 
 
-def fake_score_loss(y_fake: Tensor, images: Tensor, sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
+def fake_score_loss(
+    y_fake: Tensor,
+    images: Tensor,
+    sigma: Tensor | None = None,
+    sigma_data: float = 0.5,
+    *,
+    weight: Tensor | None = None,
+) -> Tensor:
     """w(σ)·‖y_fake − x‖² with w = (σ² + s²)/(σ s)²: denoising score matching of the fake score (SiD, Algorithm 1).
 
     Args:
         y_fake: (B, …) the fake score's prediction of the clean image.
         images: (B, …) the clean images.
-        sigma: (B,) or (B, 1, 1, 1) noise levels.
+        sigma: (B,) or (B, 1, 1, 1) noise levels; not needed with weight.
         sigma_data: s, the data's standard deviation.
+        weight: (B,) takes the place of w(σ), such as ones where the network predicts noise and images are the noise.
 
     Returns:
         (B,) float32 per-sample sums; a sample with a NaN in y_fake or images is 0 and sends back zero gradient.
 
     Raises:
-        ValueError: y_fake and images differ in shape, or sigma does not hold B values.
+        ValueError: y_fake and images differ in shape, neither sigma nor weight is given, or it does not hold B values.
     """
     _check(y_fake.shape == images.shape, f"y_fake {tuple(y_fake.shape)} and images {tuple(images.shape)} must agree")
-    _check_devices(images, y_fake=y_fake, sigma=sigma)
+    _check_devices(images, y_fake=y_fake, sigma=sigma, weight=weight)
     _check_floating(images)
-    return _distill_loss.fake_score_loss(y_fake, images, _fake_weight(sigma, sigma_data, images.shape[0]))
+    if weight is None:
+        if sigma is None:
+            raise ValueError("sigma or weight is needed")
+        weight = _fake_weight(sigma, sigma_data, images.shape[0])
+    _check(weight.numel() == images.shape[0], f"weight must hold {images.shape[0]} values, not {weight.numel()}")
+    return _distill_loss.fake_score_loss(y_fake, images, weight.reshape(-1))
 
 
 def sid_generator_loss(
@@ -271,7 +304,7 @@ def sid_generator_loss(
     Raises:
         ValueError: the three shapes differ, or weight does not hold B values.
     """
-    _check_predictions(images, y_real, y_fake, weight)
+    weight = _checked_predictions(images, y_real, y_fake, weight)
     return _distill_loss.sid_generator_loss(images, y_real, y_fake, alpha, weight)
 
 
@@ -293,7 +326,7 @@ def distribution_matching_loss(
     Raises:
         ValueError: the three shapes differ, or weight does not hold B values.
     """
-    _check_predictions(images, y_real, y_fake, weight)
+    weight = _checked_predictions(images, y_real, y_fake, weight)
     return _distill_loss.distribution_matching_loss(images, y_real, y_fake, weight)
 
 
@@ -320,7 +353,7 @@ def distill_losses(
     Raises:
         ValueError: shapes differ, or sigma or weight does not hold B values.
     """
-    _check_predictions(images, y_real, y_fake, weight)
+    weight = _checked_predictions(images, y_real, y_fake, weight)
     _check_devices(images, sigma=sigma)
     fake_weight = _fake_weight(sigma, sigma_data, images.shape[0])
     return _distill_loss.distill_losses(images, y_real, y_fake, alpha, weight, fake_weight)
@@ -335,6 +368,7 @@ def distill_loss_gradients(
     sigma_data: float = 0.5,
     *,
     weight: Tensor | None = None,
+    fake_weight: Tensor | None = None,
     student_scale: float = 1.0,
     fake_scale: float = 1.0,
     wanted: tuple[bool, bool, bool] = (True, True, True),
@@ -345,6 +379,7 @@ def distill_loss_gradients(
 
     Args:
         images, y_real, y_fake, sigma, alpha, sigma_data, weight: as in `distill_losses`.
+        fake_weight: (B,) multiplies the fake loss's w(σ), such as a ratio of densities.
         student_scale, fake_scale: factors of the two sums.
         wanted: whether the student loss's gradients for images, y_real and y_fake are wanted; else they are empty.
 
@@ -352,13 +387,16 @@ def distill_loss_gradients(
         (student (B,), fake (B,), d_images, d_y_real, d_y_fake of the student loss, d_y_fake of the fake loss).
 
     Raises:
-        ValueError: shapes differ, or sigma or weight does not hold B values.
+        ValueError: shapes differ, or sigma or a weight does not hold B values.
     """
-    _check_predictions(images, y_real, y_fake, weight)
-    _check_devices(images, sigma=sigma)
-    fake_weight = _fake_weight(sigma, sigma_data, images.shape[0])
+    weight = _checked_predictions(images, y_real, y_fake, weight)
+    _check_devices(images, sigma=sigma, fake_weight=fake_weight)
+    level_weight = _fake_weight(sigma, sigma_data, images.shape[0])
+    if fake_weight is not None:
+        _check(fake_weight.numel() == images.shape[0], f"fake_weight must hold {images.shape[0]} values")
+        level_weight = level_weight * fake_weight.reshape(-1)
     return _distill_loss.distill_loss_gradients(
-        images, y_real, y_fake, alpha, weight, fake_weight, student_scale, fake_scale, wanted
+        images, y_real, y_fake, alpha, weight, level_weight, student_scale, fake_scale, wanted
     )
 
 
@@ -569,9 +607,36 @@ def combine(
     return _combine.combine(states, coefficients, dtype)
 
 
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, resampling: Resampling = "none") -> Tensor:
+    """The convolution of the resampled x with `weight`, with zeros around it so that H×W stay, plus the bias.
+
+    float32 images on the CPU take C++ kernels (Winograd's, Lavin & Gray 2016) forward and backward; all else is
+    torch's: cuDNN on a GPU, and gradients of gradients.
+
+    Args:
+        x: (B, C, H, W).
+        weight: (C', C, k, k), k odd, of x's dtype.
+        bias: (C',), or None.
+        resampling: of x, before the convolution: "up" nearest ×2, "down" the mean of 2×2.
+
+    Returns:
+        (B, C', H', W'); by C++ always channels_last, which what follows keeps, since that is twice as fast even for
+        a network in NCHW. No bit of it or of its gradients depends on the number of threads where C++ computes them;
+        frozen tensors' are never computed.
+
+    Raises:
+        ValueError: the resampling is unknown.
+        RuntimeError: the weight or bias does not fit x.
+    """
+    _check(resampling in ("none", "up", "down"), f"resampling must be 'none', 'up' or 'down', not {resampling!r}")
+    return _convolution.convolution(x, weight, bias, resampling)
+
+
 __all__ = [
     "attention",
     "combine",
+    "convolution",
+    "denoising_weight",
     "distill_loss_gradients",
     "distill_losses",
     "distribution_matching_loss",

@@ -116,6 +116,7 @@ class Conv2d(nn.Module):
         self.register_buffer("resample_filter", f if up or down else None)
         # [1, 1] is nearest-neighbour up and 2×2 mean down, for which there are operations of their own
         self.box = list(resample_filter) == [1, 1]
+        self.resampling: functional.Resampling = "up" if up else "down" if down else "none"
 
     def _filter(self, x: Tensor) -> Tensor:
         assert self.resample_filter is not None
@@ -136,17 +137,20 @@ class Conv2d(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         w_pad = 0 if weight is None else weight.shape[-1] // 2
         f_pad = 0 if self.resample_filter is None else (self.resample_filter.shape[-1] - 1) // 2
+        if self.fused_resample and weight is not None and self.down:
+            wide = functional.convolution(x, weight) if f_pad == 0 else F.conv2d(x, weight, padding=w_pad + f_pad)
+            x = self._downsample(wide, 0)
+            return x if bias is None else x + bias.reshape(1, -1, 1, 1)
+        if self.box and weight is not None:
+            return functional.convolution(x, weight, bias, resampling=self.resampling)
         if self.fused_resample and weight is not None and self.up:
             x = self._upsample(x, max(f_pad - w_pad, 0))
             return F.conv2d(x, weight, bias, padding=max(w_pad - f_pad, 0))
-        if self.fused_resample and weight is not None and self.down:
-            x = self._downsample(F.conv2d(x, weight, padding=w_pad + f_pad), 0)
-            return x if bias is None else x + bias.reshape(1, -1, 1, 1)
         if self.up:
             x = self._upsample(x, f_pad)
         elif self.down:
             x = self._downsample(x, f_pad)
-        return x if weight is None else F.conv2d(x, weight, bias, padding=w_pad)
+        return x if weight is None else functional.convolution(x, weight, bias)
 
     def extra_repr(self) -> str:
         kernel = 0 if self.weight is None else self.weight.shape[-1]

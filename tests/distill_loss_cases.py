@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oracle import assert_close
 from sign_fast import functional
 from sign_fast.kernels import dispatch
+from tests.oracle import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # the smallest, odd sizes, CIFAR, a latent of 128 × 128, and what has to be split further

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from golden_rules import fill, normal
 from sign_fast import models
+from tests.golden_rules import fill, normal
 
 _SONG: dict[str, Any] = {
     "img_resolution": 16,

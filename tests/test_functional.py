@@ -36,3 +36,12 @@ def test_images_are_of_a_floating_dtype(call, dtype):
 def test_sigma_data_is_positive():
     with pytest.raises(ValueError, match="sigma_data must be positive, not 0"):
         functional.fake_score_loss(X, X, SIGMA, 0)
+
+
+def test_denoising_weight():
+    sigma = torch.tensor([0.002, 0.5, 80.0], dtype=torch.float64).reshape(3, 1, 1, 1)
+    want = ((sigma**2 + 0.25) / (sigma * 0.5) ** 2).flatten()
+    torch.testing.assert_close(functional.denoising_weight(sigma), want)
+    assert functional.denoising_weight(sigma[:1].half()).isfinite().all()  # 1/σ² is beyond float16
+    with pytest.raises(ValueError, match="sigma_data must be positive"):
+        functional.denoising_weight(sigma, 0)

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ..device import Device, interpreting
-from ..launch import Launch
+from ..launch import Kernels, Launch
 from .config import Plan, plan
+
+_kernels = Kernels("attention.triton_kernels")
 
 _LOG2_E = 1.4426950408889634
 
@@ -44,8 +46,6 @@ def launches_forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor | None, device: Device
 ) -> list[Launch]:
     """One launch into out and, where given, logsumexp (B, heads, T) float32."""
-    from . import triton_kernels as kernels
-
     batch, heads, tokens, channels = q.shape
     chosen = plan("forward", tokens, channels, q.element_size(), batch * heads, device, _strided(q, k, v))
     blocks = -(-tokens // chosen.block_queries)
@@ -62,7 +62,7 @@ def launches_forward(
         **_named(q=q, k=k, v=v, out=out),
     }
     return [
-        Launch(kernels.forward, (blocks * batch * heads,), arguments, _constants(q, k, v, chosen), chosen.num_warps)
+        Launch(_kernels.forward, (blocks * batch * heads,), arguments, _constants(q, k, v, chosen), chosen.num_warps)
     ]
 
 
@@ -79,8 +79,6 @@ def launches_backward(
     device: Device,
 ) -> list[Launch]:
     """dq first, which writes Σ dout·out for the launch of dk and dv."""
-    from . import triton_kernels as kernels
-
     batch, heads, tokens, channels = q.shape
     delta = torch.empty_like(logsumexp)
     shared: dict[str, Any] = {
@@ -101,7 +99,7 @@ def launches_backward(
     blocks = -(-tokens // chosen.block_queries)
     launches.append(
         Launch(
-            kernels.backward_query,
+            _kernels.backward_query,
             (blocks * batch * heads,),
             {**shared, "blocks": blocks, "out": out, "dq": dq, **_named(out=out, dq=dq)},
             {
@@ -117,7 +115,7 @@ def launches_backward(
     blocks = -(-tokens // chosen.block_keys)
     launches.append(
         Launch(
-            kernels.backward_key,
+            _kernels.backward_key,
             (blocks * batch * heads,),
             {**shared, "blocks": blocks, "dk": dk, "dv": dv, **_named(dk=dk, dv=dv)},
             {**_constants(q, k, v, chosen), "TO_INTERLEAVED": dk.stride(3) == dv.stride(3) == 3},

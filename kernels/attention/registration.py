@@ -5,6 +5,8 @@ logsumexp is what the backward of the same device reads: of base 2 on a GPU, nat
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch._prims_common import suggest_memory_format
 from ..device import device_of
 from ..launch import run
 from ..operators import TAGS, register
+from . import reference
 from .launches import launches_backward, launches_forward
 
 _library = torch.library.Library("sign_fast", "FRAGMENT")
@@ -200,9 +203,21 @@ def _like_projected(out: Tensor, qkv: Tensor) -> Tensor:
 def _cpu_projected_backward(
     dout: Tensor, qkv: Tensor, out: Tensor, logsumexp: Tensor, num_heads: int, interleaved: bool
 ) -> Tensor:
+    return _projected_gradient(_cpu_backward, dout, qkv, out, logsumexp, num_heads, interleaved)
+
+
+def _projected_gradient(
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    num_heads: int,
+    interleaved: bool,
+) -> Tensor:
     dense = _dense(qkv)
     upstream = dout.contiguous(memory_format=suggest_memory_format(qkv))
-    found = _cpu_backward(
+    found = backward(
         heads_of(upstream, num_heads), *split(dense, num_heads, interleaved), heads_of(out, num_heads), logsumexp
     )
     gradient = torch.empty_like(dense)
@@ -211,6 +226,57 @@ def _cpu_projected_backward(
     return gradient
 
 
+# ---- any device, where neither a pack nor Triton has the kernel ----
+
+
+def _logits(q: Tensor, k: Tensor) -> Tensor:
+    return q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.shape[-1])
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _token_major(reference.attention(q, k, v))
+
+
+def _plain_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return _plain(q, k, v), _logits(q, k).logsumexp(-1) / math.log(2)  # as the kernels of the backward pass read it
+
+
+def _plain_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    # by hand: inside an operator autograd is off
+    weights, upstream = _logits(q, k).softmax(-1), dout.float()
+    dv = weights.transpose(-2, -1) @ upstream
+    through = upstream @ v.float().transpose(-2, -1)
+    dlogits = weights * (through - (weights * through).sum(-1, keepdim=True)) / math.sqrt(q.shape[-1])
+    found = dlogits @ k.float(), dlogits.transpose(-2, -1) @ q.float(), dv
+    dq, dk, dv = (_token_major(t.to(q.dtype)) for t in found)
+    return dq, dk, dv
+
+
+def _plain_projected_forward(qkv: Tensor, num_heads: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+    out, logsumexp = _plain_forward(*split(_dense(qkv), num_heads, interleaved))
+    return _like_projected(out, qkv), logsumexp
+
+
+def _plain_projected(qkv: Tensor, num_heads: int, interleaved: bool) -> Tensor:
+    return _plain_projected_forward(qkv, num_heads, interleaved)[0]
+
+
+def _plain_projected_backward(
+    dout: Tensor, qkv: Tensor, out: Tensor, logsumexp: Tensor, num_heads: int, interleaved: bool
+) -> Tensor:
+    return _projected_gradient(_plain_backward, dout, qkv, out, logsumexp, num_heads, interleaved)
+
+
+_PLAIN: dict[str, Any] = {
+    "attention": _plain,
+    "attention_forward": _plain_forward,
+    "attention_backward": _plain_backward,
+    "projected_attention": _plain_projected,
+    "projected_attention_forward": _plain_projected_forward,
+    "projected_attention_backward": _plain_projected_backward,
+}
 # name: (shapes, Triton, CPU)
 _IMPLEMENTATIONS: dict[str, tuple[Any, Any, Any]] = {
     "attention": (_fake_attention, _triton, _cpu),
@@ -220,4 +286,4 @@ _IMPLEMENTATIONS: dict[str, tuple[Any, Any, Any]] = {
     "projected_attention_forward": (_fake_projected_forward, _triton_projected_forward, _cpu_projected_forward),
     "projected_attention_backward": (_fake_projected_backward, _triton_projected_backward, _cpu_projected_backward),
 }
-call = register(_library, _IMPLEMENTATIONS, "CPU")
+call = register(_library, _IMPLEMENTATIONS, "CPU", _PLAIN)

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from ..device import Device
-from ..launch import Launch
+from ..launch import Kernels, Launch
 from . import config
 from .reference import Mode
+
+_kernels = Kernels("distill_loss.triton_kernels")
 
 _STUDENT = {"fake": 0, "sid": 1, "matching": 2}
 
@@ -33,8 +35,6 @@ def launches_forward(
     device: Device,
 ) -> list[Launch]:
     """Into student (B,), fake (B,) and factors (2, B), all float32."""
-    from . import triton_kernels as kernels
-
     batch, size = images.shape[0], _size(images)
     chosen = config.plan(batch, size, device)
     spans = -(-size // chosen.span)
@@ -51,7 +51,7 @@ def launches_forward(
     workspace = None if spans == 1 else torch.empty((batch, spans, 4), dtype=torch.float32, device=images.device)
     arguments = {"images": images, "y_real": y_real, "y_fake": y_fake, "workspace": workspace, **results}
     first = Launch(
-        kernels.sums,
+        _kernels.sums,
         (spans * batch,),
         {**arguments, "span": chosen.span, "spans": spans, "alpha": alpha},
         {**constants, "BLOCK": chosen.block, "WHOLE": spans == 1},
@@ -60,7 +60,7 @@ def launches_forward(
     if spans == 1:
         return [first]
     last = {**results, "workspace": workspace, "spans": spans}
-    return [first, Launch(kernels.finish, (batch,), last, {**constants, "BLOCK_S": config.power_of_two(spans)}, 1)]
+    return [first, Launch(_kernels.finish, (batch,), last, {**constants, "BLOCK_S": config.power_of_two(spans)}, 1)]
 
 
 def launches_backward(
@@ -80,8 +80,6 @@ def launches_backward(
     fake_scale: float = 1.0,
 ) -> list[Launch]:
     """Into outputs: gradients for images, y_real, y_fake; the fake loss's for y_fake apart, or None to add it there."""
-    from . import triton_kernels as kernels
-
     batch, size = images.shape[0], _size(images)
     chosen = config.elementwise(size)
     blocks = -(-size // chosen.block)
@@ -103,7 +101,7 @@ def launches_backward(
     }
     constants = {"STUDENT": _STUDENT[mode], "FAKE": fake_weight is not None, "APART": outputs[3] is not None}
     return [
-        Launch(kernels.gradients, (blocks * batch,), arguments, {**constants, "BLOCK": chosen.block}, chosen.num_warps)
+        Launch(_kernels.gradients, (blocks * batch,), arguments, {**constants, "BLOCK": chosen.block}, chosen.num_warps)
     ]
 
 
@@ -124,8 +122,6 @@ def launches_gradients(
     device: Device,
 ) -> list[Launch]:
     """Losses and gradients: one read where a sample fits on chip, else the two passes."""
-    from . import triton_kernels as kernels
-
     batch, size = images.shape[0], _size(images)
     chosen = config.on_chip(size, images.element_size(), device)
     if chosen is None:
@@ -163,4 +159,4 @@ def launches_gradients(
         **dict(zip(("d_images", "d_real", "d_fake", "d_fake_error"), outputs, strict=True)),
     }
     constants = {"STUDENT": _STUDENT[mode], "FAKE": fake_weight is not None, "BLOCK": chosen.block}
-    return [Launch(kernels.losses_and_gradients, (batch,), arguments, constants, chosen.num_warps)]
+    return [Launch(_kernels.losses_and_gradients, (batch,), arguments, constants, chosen.num_warps)]

@@ -11,6 +11,7 @@ from torch._prims_common import suggest_memory_format
 from .. import extension
 from ..device import interpreting, supports_triton
 from ..dispatch import COMPILING, DTYPES, NOT_FAST_DTYPE, TRANSFORMED, Reason, fall_back, taken, transformed
+from ..needed import needed
 from ..second_derivatives import differentiable_backward
 from . import reference
 from .launches import launches_backward, launches_forward, launches_gradients
@@ -93,7 +94,7 @@ class _DistillLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, for_student: OptionalTensor, for_fake: OptionalTensor) -> tuple[Any, ...]:
         images, y_real, y_fake, factors, student_weight, fake_weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
+        needs = needed(ctx)[:3]
         if for_student is None:  # the fake loss takes the images as data, but where it is the only loss
             needs = (needs[0] and ctx.mode == "fake", False, needs[2])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -207,5 +208,6 @@ def distill_loss_gradients(
     )
     if _fast(images, y_real, y_fake):
         return call("distill_loss_gradients", *arguments)  # type: ignore[no-any-return]
-    three = (images, y_real, y_fake)
-    return reference.losses_and_gradients(*three, alpha, student_weight, fake_weight, student_scale, fake_scale, wanted)
+    three, weights = (images, y_real, y_fake), (student_weight, fake_weight)
+    with torch.no_grad():
+        return reference.losses_and_gradients(*three, alpha, *weights, student_scale, fake_scale, wanted)

@@ -11,8 +11,11 @@ from torch._prims_common import suggest_memory_format
 
 from ..device import Device
 from ..dispatch import Reason
-from ..launch import Launch
+from ..launch import Kernels, Launch
 from .config import MAX_GROUP_CHANNELS, Call, Plan, plan, power_of_two
+
+_forward = Kernels("group_norm_silu.triton_kernels")
+_backward = Kernels("group_norm_silu.triton_backward")
 
 LARGEST = 2**31 - 2**16  # offsets within a sample are int32, and those of masked lanes must not wrap around either
 
@@ -162,8 +165,6 @@ def launches_forward(
     skip_scale: float = 1.0,
 ) -> list[Launch]:
     """Forward launches into y, stats and (residual form: skip given) r; every tensor `readable`, rows by `rows`."""
-    from . import triton_kernels as kernels
-
     shape = _shape_of(x, x2, num_groups, device, False, skip is not None)
     geometry = {**_named("x", x), **_named("x2", x2), **_named("y", y)}
     statistics = {"emb": emb, "input_bias": input_bias, "emb_row": _row(emb)}
@@ -179,14 +180,14 @@ def launches_forward(
     every: dict[str, Any] = {"x": x, "x2": x2, **geometry, **statistics}
     join, warps = skip is not None, shape.plan.num_warps
     if shape.plan.strategy != "split":
-        kernel = kernels.forward_tile if shape.plan.strategy == "tile" else kernels.forward_loop
+        kernel = _forward.forward_tile if shape.plan.strategy == "tile" else _forward.forward_loop
         arguments = {**every, **joined, **affine, **shape.arguments, "y": y, "stats": stats, "eps": eps}
         return [Launch(kernel, shape.grid, arguments, shape.group_constants | {"JOIN": join, "SILU": silu}, warps)]
 
     workspace = torch.empty((shape.batch, shape.spans, num_groups, 3), dtype=torch.float32, device=x.device)
     every |= shape.span_arguments
     first = Launch(
-        kernels.forward_partial,
+        _forward.forward_partial,
         shape.grid,
         {**every, **joined, "workspace": workspace},
         shape.group_constants | {"JOIN": join},
@@ -195,7 +196,7 @@ def launches_forward(
     if r is not None:  # the second launch reads the stream that the first one wrote
         every |= {"x": r, **_named("x", r)}
     second = Launch(
-        kernels.forward_apply,
+        _forward.forward_apply,
         shape.grid,
         {**every, **affine, "y": y, "stats": stats, "workspace": workspace, "spans": shape.spans, "eps": eps},
         shape.constants | {"BLOCK_S": power_of_two(shape.spans), "SILU": silu},
@@ -227,8 +228,6 @@ def launches_backward(
     input_sum: bool = False,
 ) -> list[Launch]:
     """Backward launches into dx, dx2 and sums (3, B, C); dy and stream share their strides."""
-    from . import triton_backward as kernels
-
     shape = _shape_of(x, x2, num_groups, device, True, stream is not None)
     arguments: dict[str, Any] = {
         "dy": dy,
@@ -259,7 +258,7 @@ def launches_backward(
     constants = {"SILU": silu, "INPUT_SUM": input_sum}
     warps, plane = shape.plan.num_warps, shape.batch * shape.channels
     if shape.plan.strategy != "split":
-        kernel = kernels.backward_tile if shape.plan.strategy == "tile" else kernels.backward_loop
+        kernel = _backward.backward_tile if shape.plan.strategy == "tile" else _backward.backward_loop
         arguments |= {**result, **shape.arguments, "sums": sums, "plane": plane}
         return [Launch(kernel, shape.grid, arguments, shape.group_constants | constants, warps)]
 
@@ -267,9 +266,9 @@ def launches_backward(
     workspace = torch.empty((3, shape.batch, spans, shape.channels), dtype=torch.float32, device=x.device)
     arguments |= {**shape.span_arguments, "workspace": workspace, "plane": plane * spans}
     block_s = power_of_two(spans)
-    first = Launch(kernels.backward_partial, shape.grid, dict(arguments), shape.constants | {"SILU": silu}, warps)
+    first = Launch(_backward.backward_partial, shape.grid, dict(arguments), shape.constants | {"SILU": silu}, warps)
     second = Launch(
-        kernels.backward_apply,
+        _backward.backward_apply,
         shape.grid,
         {**arguments, **result, "spans": spans},
         shape.group_constants | {"BLOCK_S": block_s} | constants,
@@ -277,7 +276,7 @@ def launches_backward(
     )
     kinds = 3 if input_sum else 2
     fold = Launch(
-        kernels.fold_spans,
+        _backward.fold_spans,
         (kinds * shape.batch, -(-shape.channels // 64)),
         {"workspace": workspace, "sums": sums, "spans": spans, "channels": shape.channels},
         {"BLOCK_S": block_s, "BLOCK_C": 64},
@@ -294,13 +293,11 @@ def launches_parameter_gradients(
     dscale: Tensor | None,
 ) -> list[Launch]:
     """From sums (3, B, C) to vectors (3, C) and dscale (B, C), one launch."""
-    from . import triton_backward as kernels
-
     _, batch, channels = sums.shape
     block = 32
     return [
         Launch(
-            kernels.parameter_gradients,
+            _backward.parameter_gradients,
             (-(-channels // block),),
             {
                 "sums": sums,

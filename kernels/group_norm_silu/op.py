@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import extension
 from ..device import interpreting, supports_triton
 from ..dispatch import COMPILING, DTYPES, NOT_FAST_DTYPE, TRANSFORMED, Reason, fall_back, taken, transformed
+from ..needed import needed
 from ..second_derivatives import differentiable_backward
 from . import reference
 from .launches import launches_backward, launches_forward, launches_parameter_gradients, shape_reason
@@ -56,7 +57,7 @@ class _GroupNormSilu(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             arguments = (x, x2, ctx.num_groups, weight, bias, ctx.eps, emb, input_bias, scale, shift, ctx.silu)
             return differentiable_backward(reference.group_norm_silu, arguments, ctx.needs_input_grad, dy)
-        _, _, _, for_weight, for_bias, _, for_emb, for_input_bias, for_scale, for_shift, _ = ctx.needs_input_grad
+        _, _, _, for_weight, for_bias, _, for_emb, for_input_bias, for_scale, for_shift, _ = needed(ctx)
         dx, dx2, sums = call(
             "group_norm_silu_backward",
             dy,
@@ -119,7 +120,7 @@ class _ResidualGroupNormSilu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dr: OptionalTensor, dy: OptionalTensor) -> tuple[Any, ...]:
         r, stats, weight, norm_bias, bias = ctx.saved_tensors
-        _, _, for_bias, _, _, for_weight, for_norm_bias, _, _ = ctx.needs_input_grad
+        _, _, for_bias, _, _, for_weight, for_norm_bias, _, _ = needed(ctx)
         if dy is None:  # only r was used: nothing goes through the norm
             dh = None if dr is None else dr * ctx.skip_scale
             total = None if dr is None or not for_bias else dr.sum((0, 2, 3), dtype=torch.float32) * ctx.skip_scale

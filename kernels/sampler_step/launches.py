@@ -11,8 +11,10 @@ from torch._prims_common import suggest_memory_format
 
 from ..device import Device
 from ..dispatch import Reason
-from ..launch import Launch
+from ..launch import Kernels, Launch
 from .config import Call, plan
+
+_kernels = Kernels("sampler_step.triton_kernels")
 
 # no fused multiply-adds: the bits are those of plain torch, whatever the layout
 Unfused = partial(Launch, enable_fp_fusion=False)
@@ -72,8 +74,6 @@ def _signed(step: int) -> int:
 
 def launches_noise(seeds: Tensor, step: int, y: Tensor, scale: float, device: Device) -> list[Launch]:
     """y = scale·n; y dense."""
-    from . import triton_kernels as kernels
-
     batch, channels, height, width = y.shape
     elements = channels * height * width
     p = plan(Call(batch, elements), device)
@@ -90,7 +90,7 @@ def launches_noise(seeds: Tensor, step: int, y: Tensor, scale: float, device: De
     }
     del arguments["y_batch"]
     constants = {"BLOCK": p.elements // 4, "FLAT": _flat(y)}
-    return [Unfused(kernels.noise, (batch * chunks,), arguments, constants, p.num_warps)]
+    return [Unfused(_kernels.noise, (batch * chunks,), arguments, constants, p.num_warps)]
 
 
 def launches_forward(
@@ -107,8 +107,6 @@ def launches_forward(
     sigma: Tensor | None = None,
 ) -> list[Launch]:
     """Into y, dense: the bytes where it is uint8 (B, H, W, C), else the next state; x, network_output `readable`."""
-    from . import triton_kernels as kernels
-
     to_bytes = y.dtype == torch.uint8
     batch, channels, height, width = x.shape
     elements = channels * height * width
@@ -127,7 +125,7 @@ def launches_forward(
     if to_bytes:
         arguments["channels"] = channels
         constants = {"BLOCK": p.elements, "X_FLAT": _flat_last(x), "F_FLAT": _flat_last(network_output)}
-        return [Unfused(kernels.to_bytes, (batch * chunks,), arguments, constants, p.num_warps)]
+        return [Unfused(_kernels.to_bytes, (batch * chunks,), arguments, constants, p.num_warps)]
     arguments |= {
         "seeds": seeds,
         "step": _signed(step),
@@ -142,7 +140,7 @@ def launches_forward(
         "F_FLAT": _flat(network_output),
         "Y_FLAT": _flat(y),
     }
-    return [Unfused(kernels.advance, (batch * chunks,), arguments, constants, p.num_warps)]
+    return [Unfused(_kernels.advance, (batch * chunks,), arguments, constants, p.num_warps)]
 
 
 def dense_like(x: Tensor) -> Tensor:

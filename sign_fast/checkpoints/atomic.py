@@ -26,6 +26,8 @@ _REMEDY = {
     errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
 }
 
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM}  # of a folder: there is no such thing
+
 
 @contextmanager
 def explain_os_errors(path: Path) -> Iterator[None]:
@@ -50,6 +52,27 @@ def _ordinary_mode(path: Path) -> None:
     path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
 
 
+def _sync_file(path: Path) -> None:
+    """Wait until the content is on the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Wait until the names in the folder are on the disk, where the system can do that."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:  # a system that opens no folders
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+    finally:
+        os.close(handle)
+
+
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object], *, durable: bool = True) -> None:
     """Call `write(temporary)` and rename the result to `path`; on any error the temporary file is removed.
 
@@ -69,10 +92,11 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
         try:
             write(temporary)
             if durable:
-                with open(temporary, "rb+") as file:
-                    os.fsync(file.fileno())
+                _sync_file(temporary)
             _ordinary_mode(temporary)
             temporary.replace(path)
+            if durable:
+                _sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -97,21 +121,51 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def replace_folder(target: Path, fill: Callable[[Path], object]) -> None:
-    """Fill a temporary folder beside `target` and put it in its place; on any error `target` is as it was."""
+    """Fill a temporary folder beside `target` with files and put it in its place, on the disk when this returns.
+
+    On any error `target` is as it was.
+    """
     make_folder(target.parent)
+    _put_back(target.with_name(f".{target.name}.old"))
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     _ordinary_mode(temporary)
     old = temporary.with_suffix(".old")
     try:
         fill(temporary)
-        for file in temporary.iterdir():
-            _ordinary_mode(file)
         with explain_os_errors(target):
+            for file in temporary.iterdir():
+                _sync_file(file)
+                _ordinary_mode(file)
+            _sync_folder(temporary)
             if target.exists():
                 target.replace(old)
             temporary.replace(target)
+            _sync_folder(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if old.exists() and not target.exists():
             old.replace(target)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_back(old: Path) -> None:
+    """Undo, or finish, what `replace_folder` was at when its process was killed."""
+    target = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+    if old.is_dir() and not target.exists():
+        old.replace(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def clean_up(folder: Path, *names: str) -> None:
+    """Remove what a killed process left half-written; nobody else may be writing there.
+
+    Args:
+        folder: of the files written by `write_atomically`.
+        names: of the folders in it that `replace_folder` writes; one that was half replaced is put back.
+    """
+    for name in names:
+        _put_back(folder / f".{name}.old")
+        for path in folder.glob(f".{name}.????????"):  # mkdtemp's eight characters
+            shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".*.????????.tmp"):
+        path.unlink(missing_ok=True)

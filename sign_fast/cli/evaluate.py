@@ -17,7 +17,7 @@ _SAMPLER_NAMES = {"edm": "Heun", "few_step": "few-step", "recursive": "recursive
 @click.option("--network", help="Folder or bundled name of the generator.")
 @click.option("--images", type=click.Path(path_type=Path), help="Folder or zip of images, instead of --network.")
 @click.option("--num", type=click.IntRange(min=2), default=2000, show_default=True, help="Images, seeds 0 to NUM-1.")
-@click.option("--steps", type=click.IntRange(min=1), help="Sampling steps.  [default: teacher 18, student 1]")
+@click.option("--steps", type=click.IntRange(min=1), help="Sampling steps.  [default: the network's own]")
 @click.option("--batch", type=click.IntRange(min=1), default=250, show_default=True, help="Images a batch.")
 @click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]")
 @click.option("--record", is_flag=True, help="Write the result into the network's config.json and model card.")
@@ -73,11 +73,10 @@ def _generated(network: str, num: int, steps: int | None, batch: int, device: st
     from tqdm import tqdm
 
     from ..sampling import ImageGenerator
-    from ..sampling.generator import DEFAULT_STEPS
 
     generator = ImageGenerator.from_pretrained(network, device)
     _check_shape(generator.image_shape, network)
-    steps = DEFAULT_STEPS[generator.role] if steps is None else steps
+    steps = generator.default_steps if steps is None else steps
     batches = [range(start, min(start + batch, num)) for start in range(0, num, batch)]
     arrays = tqdm(generator.stream(batches, steps), total=len(batches), desc="generate", unit="batch")
     pixels = torch.from_numpy(np.concatenate(list(arrays))).permute(0, 3, 1, 2)
@@ -94,4 +93,6 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
     dataset = open_dataset(path)
     _check_shape(dataset.shape, path)
     stack = np.stack([dataset.image(i) for i in range(len(dataset))])
+    if stack.dtype != np.uint8:
+        raise SignFastError(f"{path} holds {stack.dtype} images: quality is of uint8 ones")
     return torch.from_numpy(stack), {"images": len(dataset)}

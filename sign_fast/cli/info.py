@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import platform
@@ -61,6 +60,46 @@ def _graphs() -> dict[str, str]:
     }
 
 
+def machine_code() -> dict[str, str]:
+    """The packs of machine code, what they have served in this process, and what the GPUs here lack."""
+    import torch
+
+    from ..kernels.device import figures
+    from ..kernels.packs import dispatch
+    from ..kernels.packs.store import DamagedPackError
+
+    module = dispatch.launcher_module()
+    facts = {"launcher": module if isinstance(module, str) else "sign_fast._launcher"}
+    packs = dispatch.installed()
+    for pack in packs:
+        try:
+            facts[dispatch.title(pack)] = (
+                f"{len(pack.keys)} variants, {pack.path.stat().st_size / 2**20:.1f} MiB, Triton {pack.triton}, "
+                f"ptxas {pack.ptxas}, of {', '.join(pack.networks)}"
+            )
+        except DamagedPackError as error:
+            facts[dispatch.title(pack)] = f"not used: {error}; build it anew or remove it"
+    if not packs:
+        facts["packs"] = "none: Triton compiles at each kernel's first call"
+    for index in range(torch.cuda.device_count()):
+        served = dispatch.of_device(index)
+        device = figures(index)
+        number = device.architecture
+        if served is None or not served.packs:
+            facts[f"cuda:{index}"] = f"no pack for sm_{number}: {dispatch.build_line(number)}"
+            continue
+        used = ", ".join(map(dispatch.title, served.packs))
+        facts[f"cuda:{index}"] = f"{used}; {served.hits.total()} launches from them, {served.misses.total()} not"
+        missing = served.lacking(device)
+        batches = " and ".join(map(str, dispatch.CHECKED_BATCHES))
+        facts[f"cuda:{index} lacks"] = f"{len(missing)} variants of the packs' networks at batches {batches}" + (
+            f", such as {missing[0]}; {dispatch.build_line(number)}" if missing else ""
+        )
+        for i, (miss, count) in enumerate(served.misses.items(), 1):
+            facts[f"cuda:{index} lacked, {i}"] = f"{miss.key} ({count} launches): {miss.why}"
+    return facts
+
+
 def network_facts(name: str, device: str | None, dtype_name: str) -> dict[str, Any]:
     """What `info` tells of a network; on CUDA it generates an image, which captures a graph.
 
@@ -82,16 +121,13 @@ def network_facts(name: str, device: str | None, dtype_name: str) -> dict[str, A
         role, net = read_config(find(name)).get("role", "student"), models.load(name, device)
     size = f"{net.img_channels}x{net.img_resolution}x{net.img_resolution}"
     millions = sum(p.numel() for p in net.parameters()) / 1e6
-    counted = importlib.util.find_spec("triton") is not None
-    before = launches(net, dtype=dtype).total() if counted else 0
+    before = launches(net, dtype=dtype).total()
     generator = ImageGenerator(net, role, dtype=dtype, consume=True)
     generator([0])
     inner = generator.net
     facts = {
         "network": f"{type(net).__name__}, {size}, {inner.label_dim} classes, {millions:.1f} million parameters",
-        "launches of a forward": f"{before} plain, {inner.launches().total()} optimized, counted for a GPU"
-        if counted
-        else "not counted: triton is not installed",
+        "launches of a forward": f"{before} plain, {inner.launches().total()} optimized, counted for a GPU",
         "inference copy": f"{dtype_name}, {len(inner.program.operations)} operations, {_mib(inner.nbytes)}",
         "conditioning": f"{_mib(inner.conditioning_bytes)} for the default sampler, {generator.sampler}",
     }
@@ -132,8 +168,10 @@ def gather() -> dict[str, dict[str, Any]]:
     return {
         "versions": versions,
         "C++ extension": {"loaded": "yes"} if missing is None else {"loaded": "no", "why": str(missing)},
+        "built with": extension.built_with() or {"note": "none: no build has been run"},
         "devices": devices,
         "operations": overview.operations(),
+        "machine code": machine_code(),
         "CUDA graphs": _graphs(),
         "networks": {"bundled": ", ".join(bundled_names()) or "none", "presets": ", ".join(preset_names())},
         "switches": switches or {"SIGN_FAST_*": "none set"},

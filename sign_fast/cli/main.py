@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
 from typing import Any
 
 import click
 
 from .. import __version__
-from ..errors import SignFastError, first_line
+from ..errors import SharedError, SignFastError, first_line
 
 _COMMANDS = {
+    "build-cubins": "build_cubins.build_cubins",
+    "distill": "distill.distill",
+    "edit": "edit.edit",
     "evaluate": "evaluate.evaluate",
     "generate": "generate.generate",
     "info": "info.info",
@@ -62,6 +66,11 @@ def main(argv: list[str] | None = None) -> Any:
         _fail(f"{' '.join(error.format_message().split())} (see {where} --help)", 2)
     except click.ClickException as error:
         _fail(error.format_message(), 1)
+    except SharedError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(1)  # torchrun ends all processes as soon as one ends, and the first is about to print it
+            sys.exit(1)
+        _fail(first_line(error), 1)
     except SignFastError as error:
         _fail(first_line(error), 1)
     except (KeyboardInterrupt, click.Abort):

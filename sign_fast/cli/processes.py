@@ -36,6 +36,15 @@ def device_for(process: Process, device: str | None) -> str | None:
     return f"cuda:{process.local_rank % torch.cuda.device_count()}"
 
 
+def accumulation(batch: int, batch_gpu: int, world: int) -> int:
+    """The fewest equal parts of a process's share of the batch that hold at most `batch_gpu` images each."""
+    share = batch // world
+    parts = -(-share // batch_gpu)
+    while parts < share and share % parts:
+        parts += 1
+    return max(parts, 1)
+
+
 @contextmanager
 def process_group(process: Process, device_type: str) -> Iterator[None]:
     """A process group under torchrun, nothing for one process."""

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from ..errors import SignFastError
-from .processes import device_for, process_group, this_process
+from .processes import accumulation, device_for, process_group, this_process
 
 _ARCHITECTURES: dict[str, dict[str, Any]] = {
     "ddpmpp": {
@@ -53,7 +53,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> l
 
 
 @click.command()
-@click.option("--data", required=True, help="'digits', or a folder or zip of images (labels in its dataset.json).")
+@click.option("--data", required=True, help="'digits', 'digits:train', or a folder or zip of images.")
 @click.option("--outdir", required=True, type=click.Path(path_type=Path), help="Of the run; an unfinished one goes on.")
 @click.option("--preset", help="Network and settings by name, e.g. digits-uncond; sign-fast info lists the names.")
 @click.option("--arch", type=click.Choice(list(_ARCHITECTURES)), help="Network without a preset.  [default: ddpmpp]")
@@ -135,10 +135,7 @@ def _settings(data: str, options: dict[str, Any], world: int) -> Any:
     changed |= {field: given[name] * 1000 for name, field in millions.items() if name in given}
     settings = TrainSettings(data, cls, kwargs, loss=loss, **{**recipe, **changed})
     if "batch_gpu" in given:
-        share = settings.batch // world
-        parts = -(-share // given["batch_gpu"])
-        while parts < share and share % parts:
-            parts += 1
+        parts = accumulation(settings.batch, given["batch_gpu"], world)
         settings = dataclasses.replace(settings, accumulation=parts)
     return settings
 

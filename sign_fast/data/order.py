@@ -26,6 +26,16 @@ def indices_at(position: int, count: int, size: int, seed: int) -> npt.NDArray[n
     return np.concatenate(out)
 
 
+def in_range(images: Tensor) -> Tensor:
+    """Float32 images in [-1, 1] of uint8 ones, or of those that are so already."""
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float()
+
+
+def one_hot(classes: Tensor, label_dim: int) -> Tensor | None:
+    """(N, label_dim) float32 rows of (N,) class numbers; None where label_dim is 0."""
+    return torch.nn.functional.one_hot(classes, label_dim).float() if label_dim else None
+
+
 class BatchLoader:
     """Batches of images in [-1, 1] with one-hot labels, decoded ahead in threads.
 
@@ -64,11 +74,8 @@ class BatchLoader:
         if self.xflip:
             coins = np.random.default_rng([self.seed, iteration, 1]).random(self.batch)[self.part] < 0.5
             images = torch.where(torch.from_numpy(coins).reshape(-1, 1, 1, 1), images.flip(3), images)
-        labels = None
-        if self.label_dim:
-            classes = torch.tensor([self.dataset.label(int(i)) for i in indices])
-            labels = torch.nn.functional.one_hot(classes, self.label_dim).float()
-        return images.float() / 127.5 - 1, labels
+        classes = torch.tensor([self.dataset.label(int(i)) for i in indices])
+        return in_range(images), one_hot(classes, self.label_dim)
 
     def batches(self, start: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Batches of iterations start, start + 1, … without end; the next two are decoded ahead."""

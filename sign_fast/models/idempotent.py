@@ -90,7 +90,7 @@ class IdempotentPrecond(Precond):
 
     def forward(  # type: ignore[override]
         self, u: Tensor, class_labels: Tensor | None = None, *, dtype: torch.dtype | None = None, **model_kwargs: Any
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """f(u).
 
         Args:

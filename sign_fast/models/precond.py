@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from .unets import DhariwalUNet, SongUNet
+from .unet_block import UNetBlock
+from .unets import DhariwalUNet, EncoderOutput, SongUNet
 
 _NETWORKS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 INNER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -72,8 +73,9 @@ class Precond(nn.Module):
         force_fp32: bool = False,
         *,
         dtype: torch.dtype | None = None,
+        encoder: EncoderOutput | None = None,
         **model_kwargs: Any,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """The denoiser D(x; σ).
 
         Args:
@@ -82,24 +84,34 @@ class Precond(nn.Module):
             class_labels: (B, label_dim) or (1, label_dim); None means zeros where label_dim > 0.
             force_fp32: run the inner network in float32 whatever was asked for elsewhere.
             dtype: the inner network's dtype for this call; None takes the constructor's.
+            encoder: "also" returns (D, h) with h (B, C, H', W') the last output of the inner network's encoder, in the
+                inner dtype; "only" returns h and saves the decoder.
             model_kwargs: handed to the inner network, e.g. augment_labels (B, augment_dim).
 
         Returns:
             (B, img_channels, H, W) float32 (float64 if dtype is float64, for checks).
 
         Raises:
-            ValueError: class_labels do not fit label_dim, or the dtype is unknown.
+            ValueError: class_labels do not fit label_dim, or dtype or encoder is unknown.
         """
         inner = torch.float32 if force_fp32 else _checked(dtype) or self.dtype
         if inner is None:
             inner = torch.float16 if self.use_fp16 and x.device.type == "cuda" else torch.float32
         outer = torch.float64 if inner == torch.float64 else torch.float32
         x = x.to(outer)
+        if isinstance(sigma, (int, float)):  # filled in on the device: a copy from the host would wait for it
+            sigma = torch.full((1,), sigma, dtype=torch.float32, device=x.device)
         sigma = torch.as_tensor(sigma, device=x.device).to(outer).reshape(-1, 1, 1, 1)
         labels = self.labels(class_labels, x.device, outer)
         c_skip, c_out, c_in, c_noise = self.coefficients(sigma)
+        if encoder is not None:  # else the inner network is called as published ones are
+            model_kwargs["encoder"] = encoder
         f = self.model((c_in * x).to(inner), c_noise.flatten(), class_labels=labels, **model_kwargs)
-        return functional.precondition(x, f[:, : self.img_channels], c_skip, c_out)
+        if encoder == "only":
+            return f
+        f, h = f if encoder == "also" else (f, None)
+        denoised = functional.precondition(x, f[:, : self.img_channels], c_skip, c_out)
+        return denoised if h is None else (denoised, h)
 
     def labels(self, class_labels: Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor | None:
         """class_labels as the inner network reads them, (B or 1, label_dim): zeros for None, None without classes."""
@@ -112,6 +124,12 @@ class Precond(nn.Module):
                 f"class_labels must be (B, {self.label_dim}) one-hot rows, not {tuple(class_labels.shape)}"
             )
         return class_labels.to(dtype).reshape(-1, self.label_dim)
+
+    def checkpoint_blocks(self, wanted: bool = True) -> None:
+        """Whether the backward pass computes each block's activations again, instead of keeping them in memory."""
+        for module in self.modules():
+            if isinstance(module, UNetBlock):
+                module.checkpointing = wanted
 
     def round_sigma(self, sigma: Tensor | float) -> Tensor:
         """The nearest noise level the network knows; the identity but for iDDPM."""

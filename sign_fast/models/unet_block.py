@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .. import functional
 from ..nn import Conv2d, GroupNorm, Linear
@@ -29,7 +31,11 @@ class UNetBlock(nn.Module):
         resample_proj: give a resampling skip a 1×1 convolution even where the channels stay.
         adaptive_scale: the embedding scales and shifts after the second norm, instead of being added before it.
         init, init_zero, init_attn: `init_mode`, `init_weight`, `init_bias` of the layers, of the last ones, of qkv.
+
+    With `checkpointing` set, the backward pass computes the block's activations again instead of keeping them.
     """
+
+    checkpointing = False
 
     def __init__(
         self,
@@ -82,6 +88,14 @@ class UNetBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x (B, in_channels, H, W), emb (B, emb_channels) -> (B, out_channels, H', W')."""
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return self._forward(x, emb)
+        # the state of the random numbers, which a CUDA graph cannot save, matters to dropout only
+        drops = self.training and self.dropout > 0
+        out: Tensor = checkpoint(self._forward, x, emb, use_reentrant=False, preserve_rng_state=drops)
+        return out
+
+    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv0(self.norm0(x, activation="silu"))
         p = self.affine(emb)
         if self.adaptive_scale:

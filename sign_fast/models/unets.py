@@ -12,10 +12,18 @@ from torch import Tensor, nn
 from ..nn import Conv2d, FourierEmbedding, GroupNorm, Linear, PositionalEmbedding
 from .unet_block import UNetBlock
 
+EncoderOutput = Literal["also", "only"]
+"""Whether a network returns its encoder's last output beside its own, or alone."""
+
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+
+
+def _check_encoder(encoder: str | None) -> None:
+    if encoder is not None:
+        _choice("encoder", encoder, ("also", "only"))
 
 
 def _drop_labels(labels: Tensor, probability: float, training: bool) -> Tensor:
@@ -158,9 +166,23 @@ class SongUNet(nn.Module):
         noise_labels: Tensor,
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
-    ) -> Tensor:
-        """x (B, in_channels, H, W), noise_labels (B,) -> (B, out_channels, H, W) in x's dtype."""
+        *,
+        encoder: EncoderOutput | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x (B, in_channels, H, W), noise_labels (B,) -> (B, out_channels, H, W) in x's dtype.
+
+        With encoder "also" the pair of it and h (B, C, H', W'), the encoder's last output; with "only" h alone, for
+        which the decoder does not run. In one call: wrappers of forward (DDP, FSDP, torch.compile) see all of it.
+        """
+        _check_encoder(encoder)
         emb = self.embed(noise_labels, class_labels, augment_labels)
+        h, skips = self._encode(x, emb)
+        if encoder == "only":
+            return h
+        out = self._decode(h, skips, emb)
+        return out if encoder is None else (out, h)
+
+    def _encode(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
         skips: list[Tensor] = []
         aux = x
         for name, layer in self.enc.items():
@@ -173,7 +195,9 @@ class SongUNet(nn.Module):
             else:
                 x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
                 skips.append(x)
+        return x, skips
 
+    def _decode(self, x: Tensor, skips: list[Tensor], emb: Tensor) -> Tensor:
         out: Tensor | None = None
         normed = x
         for name, layer in self.dec.items():
@@ -280,13 +304,20 @@ class DhariwalUNet(nn.Module):
         noise_labels: Tensor,
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
-    ) -> Tensor:
-        """x (B, in_channels, H, W), noise_labels (B,) -> (B, out_channels, H, W) in x's dtype."""
+        *,
+        encoder: EncoderOutput | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """As `SongUNet.forward`."""
+        _check_encoder(encoder)
         emb = self.embed(noise_labels, class_labels, augment_labels)
-        skips: list[Tensor] = []
+        h, skips = x, []
         for layer in self.enc.values():
-            x = layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
-            skips.append(x)
+            h = layer(h, emb) if isinstance(layer, UNetBlock) else layer(h)
+            skips.append(h)
+        if encoder == "only":
+            return h
+        x = h
         for name, layer in self.dec.items():
             x = layer(torch.cat([x, skips.pop()], dim=1) if "_block" in name else x, emb)
-        return self.out_conv(self.out_norm(x, activation="silu"))
+        out = self.out_conv(self.out_norm(x, activation="silu"))
+        return out if encoder is None else (out, h)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,58 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..errors import SignFastError, first_line
+from ..errors import SignFastError
 from ..inference.conditioning import Conditioning
 from ..inference.optimized import OptimizedNet, optimize
 from ..kernels import extension
 from ..models.precond import Precond
-from .ablation import ablation_plan
 from .buckets import LARGEST_BUCKET, pad
-from .edm import edm_plan
 from .graphs import GraphKey, Graphs, generate_in_buckets
-from .loop import draw_ahead, run_plan
+from .loop import Correction, corrected, draw_ahead, run_plan
 from .noise import PhiloxNoise, SeededNoise
 from .plan import Plan
+from .plans import plan_of
 from .requests import Noise, Output, Sampler, check_choices, is_time_free
-from .students import few_step_plan, multistep_plan, one_step_plan, recursive_plan
 from .transfer import to_device
 
 _PLANS_KEPT = 64
 _tokens = itertools.count()  # a network's in the keys of graphs: no two in a process are equal
-
-
-def plan_of(net: Any, sampler: str, steps: int, options: Mapping[str, Any]) -> Plan:
-    """The plan of a sampler by name, for a network's range of noise levels; names are checked already.
-
-    Raises:
-        SignFastError: the values of the options make no plan, or one of numbers that nothing can be made of.
-    """
-    try:
-        plan = _plan_of(net, sampler, steps, options)
-    except (ValueError, TypeError, ArithmeticError, IndexError) as error:
-        raise _refused(sampler, options, first_line(error)) from error
-    if not all(map(math.isfinite, (*plan.levels, *plan.coefficients))):
-        raise _refused(sampler, options, "its noise levels are not all finite")
-    if not is_time_free(net) and min(plan.levels) <= 0:
-        raise _refused(sampler, options, f"noise levels must be positive, not {min(plan.levels)}")
-    return plan
-
-
-def _refused(sampler: str, options: Mapping[str, Any], why: str) -> SignFastError:
-    given = ", ".join(f"{name}={value!r}" for name, value in options.items())
-    return SignFastError(f"sampler {sampler} cannot run with {given or 'its defaults'}: {why}")
-
-
-def _plan_of(net: Any, sampler: str, steps: int, options: Mapping[str, Any]) -> Plan:
-    if sampler in ("edm", "ablation"):
-        make: Callable[..., Plan] = edm_plan if sampler == "edm" else ablation_plan
-        levels = {"round_sigma": net.round_sigma, "net_sigma_min": net.sigma_min, "net_sigma_max": net.sigma_max}
-        return make(steps, **options, **levels)
-    if sampler == "one_step":
-        return one_step_plan(**options)
-    if sampler == "few_step":
-        return few_step_plan(steps, **options)
-    return recursive_plan(steps) if sampler == "recursive" else multistep_plan(options["noise_levels"])
 
 
 @dataclass(frozen=True)
@@ -185,6 +148,65 @@ class Engine:
         images = [self._generate(prepared, seeds[p], None if labels is None else labels[p], output) for p in parts]
         return images[0] if len(images) == 1 else torch.cat(images)
 
+    @torch.no_grad()
+    def edit(
+        self,
+        plan: Plan,
+        images: Tensor,
+        seeds: Sequence[int],
+        labels: Sequence[int] | None = None,
+        correction: Correction | None = None,
+        output: Output = "float",
+    ) -> Tensor:
+        """Images made from given ones: a plan whose draw 0 is the images, its other draws noise of the seeds.
+
+        Args:
+            plan: e.g. `students.projection_plan`.
+            images: (B, img_channels, H, W), cast to float32; on any device.
+            seeds: B of them, as `noise.check_seeds` leaves them; equal ones draw equal noise.
+            labels: B class numbers; None means none, also where the network has classes.
+            correction: follows each call of the network; part of the launch.
+            output: as in `generate`.
+        """
+        prepared = self._cached(plan, lambda: plan)
+        images = to_device(images.float().contiguous(), self.device)
+        known = {} if correction is None else {f"known{i}": t for i, t in enumerate(correction.tensors)}
+        known = {name: to_device(t, self.device).expand(len(seeds), *t.shape[1:]) for name, t in known.items()}
+        made = []
+        for start in range(0, len(seeds), LARGEST_BUCKET):
+            part = slice(start, start + LARGEST_BUCKET)
+            draws = draw_ahead(plan, images[part], self._noise(seeds[part]).randn_like)
+            inputs = {f"draw{i}": draw for i, draw in enumerate(draws)} | {n: t[part] for n, t in known.items()}
+            if labels is not None:
+                inputs["labels"] = to_device(torch.tensor(labels[part], dtype=torch.int64), self.device)
+            made.append(self._made(prepared, inputs, len(draws[0]), output, correction))
+        return made[0] if len(made) == 1 else torch.cat(made)
+
+    @torch.no_grad()
+    def rehearse(self, sampler: str, steps: int, batch: int, *, noise: Noise, labels: bool, **options: Any) -> None:
+        """Run a generation as a graph would capture it, for an engine on the meta device: shapes only.
+
+        Args:
+            sampler, steps, options: as `generate` takes them.
+            batch: images.
+            noise: as the engine's own.
+            labels: whether there are class numbers.
+        """
+        prepared = self._prepare(sampler, steps, options)
+        plan, device = prepared.plan, self.device
+        inputs = self._constants(prepared)
+        if noise == "philox":
+            inputs["seeds"] = torch.empty(batch, dtype=torch.int64, device=device)
+        else:
+            like = torch.empty((batch, *self._shape), device=device)
+            draws = draw_ahead(plan, like, torch.empty_like)
+            inputs |= {f"draw{i}": draw for i, draw in enumerate(draws)}
+        if labels:
+            inputs["labels"] = torch.empty(batch, dtype=torch.int64, device=device)
+        outputs: tuple[Output, ...] = ("uint8", "float")
+        for output in outputs:
+            self._run(prepared, inputs, output, prepared.coefficients)
+
     def _sampled(
         self,
         sampler: Sampler,
@@ -216,9 +238,19 @@ class Engine:
             inputs = {f"draw{i}": draw for i, draw in enumerate(draws)}
         if classes is not None:
             inputs["labels"] = classes
+        return self._made(prepared, inputs, count, output)
+
+    def _made(
+        self,
+        prepared: _Prepared,
+        inputs: Mapping[str, Tensor],
+        count: int,
+        output: Output,
+        correction: Correction | None = None,
+    ) -> Tensor:
         if self._is_captured:
-            return self._replay(prepared, inputs, count, output)
-        return self._run(prepared, inputs | self._constants(prepared), output)
+            return self._replay(prepared, inputs, count, output, correction)
+        return self._run(prepared, {**inputs, **self._constants(prepared)}, output, correction=correction)
 
     def _noise(self, seeds: Sequence[int]) -> SeededNoise | PhiloxNoise:
         return (SeededNoise if self.noise == "torch" else PhiloxNoise)(self.device, seeds)
@@ -248,12 +280,16 @@ class Engine:
 
     def _prepare(self, sampler: str, steps: int, options: Mapping[str, Any]) -> _Prepared:
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
+        key = (sampler, steps, tuple(sorted(values.items())))
+        return self._cached(key, lambda: plan_of(self._net, sampler, steps, values))
+
+    def _cached(self, name: Hashable, make: Callable[[], Plan]) -> _Prepared:
         device = self.device
-        key = (sampler, steps, tuple(sorted(values.items())), device)
+        key = (name, device)
         with self._lock:
             prepared = self._plans.get(key)
             if prepared is None:
-                prepared = self._plans[key] = _Prepared(plan_of(self._net, sampler, steps, values), device)
+                prepared = self._plans[key] = _Prepared(make(), device)
                 if len(self._plans) > _PLANS_KEPT:
                     self._plans.popitem(last=False)
             self._plans.move_to_end(key)
@@ -270,17 +306,23 @@ class Engine:
         return {"levels": conditioning.device_coefficients, "conditioning": conditioning.held}
 
     def _run(
-        self, prepared: _Prepared, inputs: Mapping[str, Tensor], output: Output, coefficients: Tensor | None = None
+        self,
+        prepared: _Prepared,
+        inputs: Mapping[str, Tensor],
+        output: Output,
+        coefficients: Tensor | None = None,
+        correction: Correction | None = None,
     ) -> Tensor:
         """The generation itself: what is replayed on CUDA. Nothing here waits for the device.
 
         Args:
             coefficients: in place of the plan's own, to be inputs of a graph.
+            correction: of draw 0, after each call.
         """
         plan, net, labels = prepared.plan, self._net, inputs.get("labels")
         module = extension.module()
         draws = [inputs[f"draw{i}"] for i in range(plan.draws)] if "seeds" not in inputs else []
-        if isinstance(net, OptimizedNet) and net.native is not None and module is not None:
+        if isinstance(net, OptimizedNet) and net.native is not None and module is not None and correction is None:
             weight, bias = self._conditioning(prepared).affines
             return module.generate(  # type: ignore[no-any-return]
                 plan=plan.native,
@@ -298,7 +340,12 @@ class Engine:
             )
         if not draws:
             draws = [functional.philox_normal(inputs["seeds"], i, self._shape) for i in range(plan.draws)]
-        images = run_plan(plan, self._denoiser(prepared, inputs), draws, coefficients)
+        denoiser = self._denoiser(prepared, inputs)
+        if correction is not None:
+            denoiser = corrected(
+                denoiser, correction, draws[0], [t for n, t in inputs.items() if n.startswith("known")]
+            )
+        images = run_plan(plan, denoiser, draws, coefficients)
         return functional.to_uint8(images) if output == "uint8" else images.float()
 
     def _denoiser(self, prepared: _Prepared, inputs: Mapping[str, Tensor]) -> Callable[[Tensor, int], Tensor]:
@@ -312,15 +359,22 @@ class Engine:
             return lambda x, level: net(x) if one_hot is None else net(x, one_hot)
         return lambda x, level: net(x, levels[level], one_hot)
 
-    def _replay(self, prepared: _Prepared, inputs: Mapping[str, Tensor], count: int, output: Output) -> Tensor:
+    def _replay(
+        self,
+        prepared: _Prepared,
+        inputs: Mapping[str, Tensor],
+        count: int,
+        output: Output,
+        correction: Correction | None,
+    ) -> Tensor:
         """The images through a graph of each bucket."""
         constants = self._constants(prepared) | {"coefficients": prepared.coefficients}
         key = GraphKey(
             network=self._token,
             bucket=0,
-            plan=prepared.plan.structure,
+            plan=(prepared.plan.structure, None if correction is None else correction.key),
             dtype=getattr(self._net, "dtype", None) or torch.float32,
-            conditional=self.label_dim > 0,
+            conditional="labels" in inputs,
             noise=self.noise,
             output=output,
         )
@@ -329,7 +383,7 @@ class Engine:
             return {name: pad(t[start:stop], bucket) for name, t in inputs.items()} | constants
 
         def run(static: Mapping[str, Tensor]) -> Tensor:
-            return self._run(prepared, static, output, static["coefficients"])
+            return self._run(prepared, static, output, static["coefficients"], correction)
 
         return generate_in_buckets(self.graphs, count, key, part, run, self._watched, constants)
 

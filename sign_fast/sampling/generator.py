@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import SignFastError
 from .engine import Engine
-from .requests import Labels, NetworkTraits, Noise, Output, Request, Sampler, check_choices, check_request
+from .requests import Labels, NetworkTraits, Noise, Output, Request, Sampler, check_choices, check_request, check_steps
 from .transfer import Array, PinnedRing, Transfer, begin_transfer
 
 DEFAULT_STEPS = {"teacher": 18, "student": 1}
@@ -38,11 +38,14 @@ class ImageGenerator:
             weights after further training), or any denoiser net(x, sigma, class_labels) that says its img_resolution
             and img_channels, and its label_dim where it has classes; see `sampling.engine.Engine`.
         role: "teacher" (many steps, Heun) or "student" (one to four calls).
+        steps: sampling steps where a call names none; None means 18 for a teacher and 1 for a student.
+        sigma: noise level of a student's input where a call names none; None means 2.5.
         dtype: of the inner network: float32, bfloat16 or float16; None keeps the network's own.
         noise: "torch", the published draws of each seed, or "philox", other draws that are made faster.
         consume: the network will not be used elsewhere: its memory is freed while the inference copy is made.
 
     Attributes:
+        default_steps: sampling steps where a call names none.
         engine: what generates; `engine.graphs` tells what is captured on CUDA, and clears it.
 
     Raises:
@@ -54,6 +57,8 @@ class ImageGenerator:
         net: Any,
         role: str = "student",
         *,
+        steps: int | None = None,
+        sigma: float | None = None,
         dtype: torch.dtype | None = None,
         noise: Noise = "torch",
         consume: bool = False,
@@ -62,6 +67,8 @@ class ImageGenerator:
             raise SignFastError(f"role must be teacher or student, not {role!r}")
         check_choices(dtype, noise)
         self.role = role
+        self.default_steps = DEFAULT_STEPS[role] if steps is None else check_steps(steps)
+        self._sigma = sigma
         self._traits = NetworkTraits.of(net)
         self.engine = Engine(net, dtype=dtype, consume=consume, noise=noise)
 
@@ -86,8 +93,9 @@ class ImageGenerator:
         from ..models import load
 
         check_choices(dtype, noise)
-        role = read_config(find(path_or_name)).get("role", "student")
-        return cls(load(path_or_name, device), role, dtype=dtype, noise=noise, consume=True)
+        config = read_config(find(path_or_name))
+        role, sampling = config.get("role", "student"), config.get("sampling", {})
+        return cls(load(path_or_name, device), role, **sampling, dtype=dtype, noise=noise, consume=True)
 
     @property
     def net(self) -> Any:
@@ -130,7 +138,7 @@ class ImageGenerator:
 
         Args:
             seeds: whole numbers from 0, below 2⁶³, each once.
-            steps: sampling steps; None means 18 for a teacher and 1 for a student.
+            steps: sampling steps; None means `default_steps`.
             labels: a class number, or one an image; None draws them from the seeds where the network has classes.
             sampler: "edm", "ablation", "one_step", "few_step"; for a student without a time input "recursive" or
                 "multistep"; or a function with `edm_sampler`'s first five arguments, which calls the network as it
@@ -230,9 +238,11 @@ class ImageGenerator:
     ) -> Request:
         sampler = self.sampler if sampler is None else sampler
         if steps is None:
-            steps = DEFAULT_STEPS[self.role]
+            steps = 1 if sampler == "one_step" else self.default_steps
             if sampler == "multistep" and isinstance(options.get("noise_levels"), Sequence):
                 steps = len(options["noise_levels"]) + 1
+        if self._sigma is not None and sampler in ("one_step", "few_step"):
+            options = {"sigma": self._sigma, **options}
         request = check_request(self._traits, seeds, sampler, steps, labels, output, options, self.engine.noise)
         self.engine.check(request.sampler, request.steps, request.options)
         return request

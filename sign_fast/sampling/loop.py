@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,26 @@ from .plan import Combine, Plan
 
 Denoiser = Callable[[Tensor, int], Tensor]
 """denoiser(x, level) -> D, with the number of the level among the plan's."""
+
+
+class Correction(Protocol):
+    """What is put right after each call of the network, e.g. known pixels of the images a plan starts from."""
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for corrections that differ in `tensors` alone: they share a CUDA graph."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Further inputs, each (1 or B, …)."""
+
+    def restore(self, images: Tensor, observed: Tensor, *tensors: Tensor) -> Tensor:
+        """The images (B, C, H, W) as they should be, given draw 0 and `tensors` on their device."""
+
+
+def corrected(denoiser: Denoiser, correction: Correction, observed: Tensor, tensors: Sequence[Tensor]) -> Denoiser:
+    """The denoiser followed by the correction."""
+    return lambda x, level: correction.restore(denoiser(x, level), observed, *tensors)
 
 
 def draw_ahead(plan: Plan, latents: Tensor, randn_like: Callable[[Tensor], Tensor]) -> list[Tensor]:

@@ -130,14 +130,15 @@ def read_png(path: Path) -> UInt8:
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
-def save_grid(path: Path, images: Sequence[UInt8]) -> None:
-    """Write a nearly square grid of (H, W, C) images, row by row, small ones enlarged.
+def arrange(images: Sequence[UInt8], columns: int | None = None) -> UInt8:
+    """A grid (H', W', C) of (H, W, C) images, row by row on white, small ones enlarged.
 
-    Raises:
-        SignFastError: the file cannot be written.
+    Args:
+        images: of one shape.
+        columns: None makes the grid nearly square.
     """
     height, width, channels = images[0].shape
-    columns = math.ceil(math.sqrt(len(images)))
+    columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     zoom = max(1, round(_GRID_PIXELS / (columns * width)))
     gap = max(1, zoom // 2)
@@ -146,6 +147,15 @@ def save_grid(path: Path, images: Sequence[UInt8]) -> None:
         top = gap + (i // columns) * (height * zoom + gap)
         left = gap + (i % columns) * (width * zoom + gap)
         sheet[top : top + height * zoom, left : left + width * zoom] = image.repeat(zoom, 0).repeat(zoom, 1)
+    return sheet
+
+
+def save_grid(path: Path, images: Sequence[UInt8], columns: int | None = None) -> None:
+    """Write the grid of `arrange`.
+
+    Raises:
+        SignFastError: the file cannot be written.
+    """
     make_folder(path.parent)
-    data = encode_png(sheet)
+    data = encode_png(arrange(images, columns))
     write_atomically(path, lambda temporary: temporary.write_bytes(data))

@@ -139,6 +139,22 @@ def multistep_plan(noise_levels: Sequence[float], dtype: torch.dtype = torch.flo
     return Plan(tuple(steps), (0.0,), draws, registers=1, result=0, dtype=dtype, noise_dtype=dtype)
 
 
+@lru_cache(maxsize=128)
+def projection_plan(noise_levels: tuple[float, ...], dtype: torch.dtype = torch.float32) -> Plan:
+    """x ← f((1 − τ_i)·x + τ_i·ε_i) for each τ_i, from the images x = y (SIGN's editing); draw 0 is y, draw i + 1 ε_i.
+
+    Raises:
+        ValueError: no τ, or one outside [0, 1].
+    """
+    if not noise_levels or not all(0 <= tau <= 1 for tau in noise_levels):
+        raise ValueError(f"noise levels must be in [0, 1], one at least, not {list(noise_levels)}")
+    first, *rounds = noise_levels
+    steps: list[Step] = [Combine(0, (), terms((0, 1 - first), (1, first))), Call(0, 0, 0)]
+    for i, tau in enumerate(rounds, 2):
+        steps += [Combine(0, terms((0, 1 - tau)), terms((i, tau))), Call(0, 0, 0)]
+    return Plan(tuple(steps), (0.0,), 1 + len(noise_levels), registers=1, result=0, dtype=dtype, noise_dtype=dtype)
+
+
 @torch.no_grad()
 def one_step(net: Any, latents: Tensor, class_labels: Tensor | None = None, sigma: float = SIGMA_INIT) -> Tensor:
     """x = G(σ·z; σ) (SiD).

@@ -16,8 +16,10 @@ Array = npt.NDArray[Any]
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on `device`; from memory that is not pinned the copy would wait for all work before it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """The tensor on `device`; from memory that is not pinned the copy would wait for all work before it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 class Transfer:

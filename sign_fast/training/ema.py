@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def ema_beta(batch: int, images_seen: int, halflife: float, rampup_ratio: float | None) -> float:
@@ -22,8 +22,12 @@ def ema_beta(batch: int, images_seen: int, halflife: float, rampup_ratio: float 
 @torch.no_grad()
 def update_ema(ema: nn.Module, net: nn.Module, beta: float) -> None:
     """ema ← β·ema + (1 − β)·net for parameters; buffers are copied."""
-    averaged = [p.detach() for p in ema.parameters()]
-    current = [p.detach() for p in net.parameters()]
-    torch._foreach_lerp_(averaged, current, 1 - beta)
+    average_weights([p.detach() for p in ema.parameters()], [p.detach() for p in net.parameters()], beta)
     for a, b in zip(ema.buffers(), net.buffers(), strict=True):
         a.copy_(b)
+
+
+@torch.no_grad()
+def average_weights(averaged: list[Tensor], current: list[Tensor], beta: float) -> None:
+    """averaged ← β·averaged + (1 − β)·current, in place."""
+    torch._foreach_lerp_(averaged, current, 1 - beta)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..checkpoints.atomic import make_folder, write_text
+from ..checkpoints.atomic import clean_up, make_folder, write_text
 from ..checkpoints.card import model_card
+from ..checkpoints.lock import FolderLock
 from ..checkpoints.store import save_network
 from ..data import BatchLoader, Dataset, open_dataset
 from ..errors import SignFastError
@@ -27,9 +29,10 @@ from ..models.presets import CLASSES
 from .ema import ema_beta, update_ema
 from .logs import RunLog
 from .losses import LOSSES, Loss, denoising_loss
+from .processes import data_parallel, place, raised_together
 from .schedule import LearningRateSchedule, learning_rate_factor
 from .seeds import generator_for, seed_of
-from .state import load_newest, save_state
+from .state import load_newest, save_state, saved_states
 
 _DRAWS, _DROPOUT, _INIT = 1, 2, 3  # streams of random numbers
 _ANYTIME = {"kimg", "log_every", "save_every", "keep", "threads"}  # settings that a resumed run may change
@@ -138,7 +141,7 @@ class Trainer:
         command: what started it, for the model card.
 
     Raises:
-        SignFastError: data and network do not fit, or the folder holds a run with other settings.
+        SignFastError: data and network do not fit, or the folder is in use, or holds a run with other settings.
     """
 
     def __init__(self, settings: TrainSettings, folder: Path, device: torch.device, command: str = "") -> None:
@@ -146,12 +149,10 @@ class Trainer:
         self.command = command
         self.log_note = ""
         self.device = device
-        distributed = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if distributed else 0
-        self.world = dist.get_world_size() if distributed else 1
+        self.rank, self.world = place()
         self.dataset = open_dataset(settings.data)
         _check(settings, self.dataset, self.world)
-        self.folder = make_folder(folder)
+        self.folder = folder
         self.loss: Loss = LOSSES[settings.loss](**settings.loss_kwargs)
         self.net = _build(settings, device)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
@@ -160,16 +161,35 @@ class Trainer:
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         self.iteration = 0
-        self._resume()
+        self._lock: FolderLock | None = None
+        try:
+            with raised_together(device):
+                make_folder(folder)
+                if self.rank == 0:
+                    self._lock = FolderLock(folder)
+                    self._resume()
+            with raised_together(device):
+                if self.rank:  # now that the first process has set aside what is damaged
+                    self._resume()
+        except BaseException:
+            self.close()
+            raise
         self.ddp: nn.Module = self.net
-        if distributed:
+        if dist.is_available() and dist.is_initialized():
             augmented = bool(settings.kwargs.get("augment_dim"))  # its projection gets no gradient without labels
-            self.ddp = DistributedDataParallel(self.net, broadcast_buffers=False, find_unused_parameters=augmented)
+            self.ddp = data_parallel(self.net, unused=augmented)
+
+    def close(self) -> None:
+        """Let the folder go; `run` does so at its end."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def _resume(self) -> None:
-        state = load_newest(self.folder, self.device)
+        state = load_newest(self.folder, set_aside=self.rank == 0)
         if state is None:
             if self.rank == 0:
+                clean_up(self.folder, "network")
                 write_text(
                     self.folder / "settings.json", json.dumps(dataclasses.asdict(self.settings), indent=1) + "\n"
                 )
@@ -184,6 +204,8 @@ class Trainer:
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.iteration = state["iteration"]
+        if self.rank == 0:
+            clean_up(self.folder, "network")
 
     def save(self) -> None:
         """Write a resumable state and the EMA network; rank 0 only does."""
@@ -264,7 +286,8 @@ class Trainer:
         loader = BatchLoader(
             self.dataset, s.batch, s.seed, s.kwargs.get("label_dim", 0), s.xflip, self.rank, self.world, s.threads
         )
-        log = RunLog(self.folder, COLUMNS, self.iteration) if self.rank == 0 else None
+        with raised_together(self.device):
+            log = RunLog(self.folder, {"metrics": COLUMNS}, self.iteration) if self.rank == 0 else None
         self.log_note = log.without_tensorboard if log is not None else ""
         self.net.train()
         before, at = time.perf_counter(), self.iteration
@@ -280,27 +303,31 @@ class Trainer:
                     if self.world > 1:
                         dist.all_reduce(loss)
                         loss = loss / self.world
-                    if not torch.isfinite(loss):
-                        raise SignFastError(
-                            f"the loss is {float(loss)} at iteration {self.iteration}: lower --lr or use "
-                            f"--precision fp32; {self.folder} keeps the last saved state"
-                        )
+                    now = time.perf_counter()
+                    values = {
+                        "kimg": self.iteration * s.batch / 1000,
+                        "loss": float(loss),
+                        "lr": self.optimizer.param_groups[0]["lr"],
+                        "grad_norm": float(norm),
+                        "images_per_second": (self.iteration - at) * s.batch / (now - before),
+                    }
+                    before, at = now, self.iteration
+                    with raised_together(self.device):
+                        if not math.isfinite(values["loss"]):
+                            kept = f"; {self.folder} keeps the last saved state" if saved_states(self.folder) else ""
+                            raise SignFastError(
+                                f"the loss is {values['loss']} at iteration {self.iteration}: lower --lr or use "
+                                f"--precision fp32{kept}"
+                            )
+                        if log is not None:
+                            log.write(self.iteration, values)
                     if log is not None:
-                        now = time.perf_counter()
-                        rate = (self.iteration - at) * s.batch / (now - before)
-                        before, at = now, self.iteration
-                        values = {
-                            "kimg": self.iteration * s.batch / 1000,
-                            "loss": float(loss),
-                            "lr": self.optimizer.param_groups[0]["lr"],
-                            "grad_norm": float(norm),
-                            "images_per_second": rate,
-                        }
-                        log.write(self.iteration, values)
                         report(Progress(self.iteration, s.iterations, values))
                 if self.iteration % s.save_every == 0 or done:
-                    self.save()
+                    with raised_together(self.device):
+                        self.save()
         finally:
             batches.close()  # type: ignore[attr-defined]
             if log is not None:
                 log.close()
+            self.close()

@@ -11,7 +11,11 @@ import pytest
 import torch
 
 from benchmarks.gpu import FILES, TOTAL, Step, phases, run
+from benchmarks.launch_overhead import launch_overhead
+from benchmarks.packs import WAYS, packs_command
 from benchmarks.throughput import throughput
+from benchmarks.training import training
+from sign_fast.cli.build_cubins import build_cubins
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,13 +73,13 @@ def test_no_step_starts_after_the_deadline(tmp_path):
 
 def test_results_are_few_files_and_the_limits_fit(tmp_path):
     plan = phases(tmp_path)
-    assert len({step.log for phase in plan for step in phase} | {*FILES}) <= 12
+    assert len({step.log for phase in plan for step in phase} | {*FILES}) <= 15
     # the kernels come last and take what is left
     assert sum(max(step.limit for step in phase) for phase in plan[:-1]) <= TOTAL + 25
     assert [step.name for step in plan[-1]] == ["kernels"] and "{left}" in plan[-1][0].command
     names = {step.name for phase in plan for step in phase}
     assert {"build", "graph capture", "compute-sanitizer", "tests: kernels", "tests: engine"} <= names
-    assert {"throughput", "latency"} <= names
+    assert {"throughput", "latency", "training", "build packs", "packs", "launch overhead"} <= names
 
 
 @pytest.mark.parametrize("name", ["throughput", "latency"])
@@ -87,6 +91,17 @@ def test_the_timings_are_measurements_that_there_are(name, tmp_path):
     assert options["no_ledger"] and options["outdir"] == tmp_path and options["dtype"] == "bfloat16"
     assert options["sweep"] == (name == "throughput") and options["latency"] == (name == "latency")
     assert options["providers"] == "plain,compile,sign_fast" and options["cold_timeout"] < step.limit
+    assert {"TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"} == {key for key, _ in step.environment}
+
+
+def test_training_is_a_measurement_that_there_is(tmp_path):
+    step = next(step for phase in phases(tmp_path) for step in phase if step.name == "training")
+    python, program, *words = step.command
+    assert python == sys.executable and program == "benchmarks/training.py"
+    options = training.make_context("training.py", words).params
+    assert options["no_ledger"] and options["outdir"] == tmp_path and options["precision"] == "bf16"
+    assert options["preset"] == "cifar10-uncond-vp" and options["update"] == "both"
+    assert options["seconds"] + options["warm_up_timeout"] < step.limit
     assert {"TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"} == {key for key, _ in step.environment}
 
 
@@ -102,3 +117,17 @@ def test_without_a_gpu_it_says_so():
     done = subprocess.run([sys.executable, "benchmarks/gpu.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == "make gpu: there is no NVIDIA GPU here that PyTorch can use\n"
+
+
+def test_packs_are_built_and_measured_by_commands_that_there_are(tmp_path):
+    steps = {step.name: step for phase in phases(tmp_path) for step in phase}
+    python, *start, name = steps["build packs"].command[:4]
+    assert [python, *start, name] == [sys.executable, "-m", "sign_fast.cli", "build-cubins"]
+    built = build_cubins.make_context(name, list(steps["build packs"].command[4:])).params
+    built["outdir"].mkdir(parents=True)  # which the step before makes
+    timed = packs_command.make_context("packs.py", list(steps["packs"].command[2:])).params
+    assert built["presets"] == timed["preset"] and built["outdir"] == tmp_path / ".cache" / "packs"
+    assert "--packs" in steps["packs"].command and str(built["outdir"]) in steps["packs"].command
+    assert len(WAYS) * timed["repeats"] * timed["timeout"] <= steps["packs"].limit + timed["timeout"]
+    overhead = steps["launch overhead"].command
+    assert launch_overhead.make_context(overhead[1], list(overhead[2:])).params["device"] == "cuda"

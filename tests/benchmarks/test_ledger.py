@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.ledger import COLUMNS, append, read
+from benchmarks.ledger import COLUMNS, append, read, without_folder
 from sign_fast.errors import SignFastError
 
 ROOT = Path(__file__).parents[2]
@@ -71,3 +71,9 @@ def test_reports_made_elsewhere_are_appended(tmp_path):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 1 and "not a report" in done.stderr and "Traceback" not in done.stderr
     assert len(read(ledger)) == 1
+
+
+def test_commands_name_no_folder_of_this_machine():
+    words = ["--outdir", f"{ROOT}/out/a", "/elsewhere/b", f"--data={ROOT}/c.zip", "--data=/elsewhere/d.zip", "1/2"]
+    found = ["--outdir", "out/a", "b", "--data=c.zip", "--data=d.zip", "1/2"]
+    assert [without_folder(word) for word in words] == found

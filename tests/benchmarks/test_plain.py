@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.plain import Plain
-from golden_rules import OUTPUT_TOLERANCE, arrays, golden_net, normal, relative_error, settings
+from tests.golden_rules import OUTPUT_TOLERANCE, arrays, golden_net, normal, relative_error, settings
 
 
 @pytest.mark.parametrize("name", settings("networks")["nets"])

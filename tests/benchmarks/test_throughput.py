@@ -147,10 +147,10 @@ def test_fresh_processes_and_few_steps(tmp_path):
 
 def test_a_wrong_output_is_not_reported(tmp_path):
     code = (
-        "import sys, sign_fast.sampling.engine as engine\n"
+        "import sys, sign_fast.sampling.plans as plans\n"
         "from benchmarks import throughput\n"
-        "right = engine.few_step_plan\n"
-        "engine.few_step_plan = lambda steps: right(steps, 2.4)\n"
+        "right = plans.few_step_plan\n"
+        "plans.few_step_plan = lambda steps, **options: right(steps, 2.4)\n"
         "throughput.main()"
     )
     done = run(*SHORT, "--skip-cold", "--outdir", tmp_path, "--ledger", tmp_path / "ledger.csv", code=code)

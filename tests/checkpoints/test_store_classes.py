@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from golden_rules import fill, relative_error
 from sign_fast import models
 from sign_fast.checkpoints.store import save_network
 from sign_fast.models.presets import CLASSES
+from tests.golden_rules import fill, relative_error
 
 _KWARGS = {
     "img_resolution": 8,

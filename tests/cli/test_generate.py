@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sign_fast.checkpoints.store import find
+from sign_fast.checkpoints.store import bundled_names, find
 from sign_fast.cli.main import main
 from sign_fast.sampling import ImageGenerator, SeededNoise, pictures
 from sign_fast.sampling.pictures import PngWriter
@@ -179,7 +179,7 @@ def test_bad_network_folder(tmp_path, capfd, change, message):
         (["--class", "3"], 1, "unconditional"),
         (["--network", "digits-cond", "--class", "10"], 1, "classes 0 to 9"),
         (["--network", "digits-cond", "--class", "-1"], 1, "classes 0 to 9"),
-        (["--network", "nowhere"], 1, "bundled: digits-cond, digits-uncond"),
+        (["--network", "nowhere"], 1, "bundled: " + ", ".join(bundled_names())),
         (["--network", "cifar10-uncond-vp"], 1, "preset without weights"),
         (["--network", "Makefile"], 1, "is a file"),
         (["--device", "cuda:99"], 1, "is not here"),
@@ -366,7 +366,13 @@ def test_interrupted_run_keeps_whole_files_and_goes_on(tmp_path, capfd, monkeypa
 def test_control_c_leaves_only_whole_files(tmp_path):
     words = ["--network", "digits-uncond", "--device", "cpu", "--num", "100000", "--steps", "1", "--workers", "4"]
     command = [sys.executable, "-m", "sign_fast.cli", "generate", *words, "--outdir", str(tmp_path)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     try:
         while process.poll() is None and not (tmp_path / "000200.png").exists():
             time.sleep(0.05)

@@ -9,8 +9,6 @@ import sys
 
 import pytest
 import torch
-from stand_in_capture import StandIn
-from test_generate import run
 
 from sign_fast import models, optimize
 from sign_fast.cli.info import gather
@@ -18,6 +16,8 @@ from sign_fast.inference.launches import launches
 from sign_fast.kernels import extension
 from sign_fast.models import presets
 from sign_fast.sampling.graphs import GraphKey, Graphs
+from tests.cli.test_generate import run
+from tests.stand_in_capture import StandIn
 
 
 def test_info_tells_what_is_here(capfd):
@@ -25,7 +25,8 @@ def test_info_tells_what_is_here(capfd):
     facts = json.loads(out)
     assert status == 0
     assert facts["C++ extension"]["loaded"] == ("yes" if extension.missing() is None else "no")
-    assert set(facts) == {"versions", "C++ extension", "devices", "operations", "CUDA graphs", "networks", "switches"}
+    sections = {"versions", "C++ extension", "built with", "devices", "operations", "machine code", "CUDA graphs"}
+    assert set(facts) == sections | {"networks", "switches"}
     assert "digits-uncond" in facts["networks"]["bundled"]
 
 

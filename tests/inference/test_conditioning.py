@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from golden_rules import relative_error
-from network_cases import NETWORKS, network
 from sign_fast import optimize
 from sign_fast.inference import conditioning
 from sign_fast.inference.build import affine_columns
+from tests.golden_rules import relative_error
+from tests.network_cases import NETWORKS, network
 
 LEVELS = (0.3, 2.5, 40.0)
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from network_cases import network
 from sign_fast import functional, models, optimize
 from sign_fast.inference.launches import LaunchCounter, launches
 from sign_fast.kernels.dispatch import taken
+from tests.network_cases import network
 
 
 def test_the_rule():

@@ -8,15 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from golden_rules import relative_error
-from network_cases import network
-from oracle import assert_close
-from program_cases import in_dtype, large_images, program_inputs, random_program
 from sign_fast import models, optimize
 from sign_fast.errors import SignFastError
 from sign_fast.inference import reference
 from sign_fast.kernels import extension
 from sign_fast.sampling import engine
+from tests.golden_rules import relative_error
+from tests.network_cases import network
+from tests.oracle import assert_close
+from tests.program_cases import in_dtype, large_images, program_inputs, random_program
 
 pytestmark = pytest.mark.skipif(extension.module() is None, reason=f"{extension.missing()}")
 

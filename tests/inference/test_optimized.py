@@ -9,15 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from golden_rules import OUTPUT_TOLERANCE, arrays, golden_net, normal, relative_error, settings
-from network_cases import NETWORKS, inputs, network
-from oracle import assert_close
 from sign_fast import models, optimize
 from sign_fast.errors import SignFastError
 from sign_fast.inference import conditioning
 from sign_fast.inference.fuse import fuse_joins
 from sign_fast.inference.program import JoinNorm
 from sign_fast.kernels import extension
+from tests.golden_rules import OUTPUT_TOLERANCE, arrays, golden_net, normal, relative_error, settings
+from tests.network_cases import NETWORKS, inputs, network
+from tests.oracle import assert_close
 
 TOLERANCE = 1e-5  # of the largest output, float32 (issue 4)
 

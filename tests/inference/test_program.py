@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from network_cases import NETWORKS, network
 from sign_fast import models
 from sign_fast.inference.build import build
 from sign_fast.inference.fuse import fuse_joins
 from sign_fast.inference.program import Attention, Convolution, Filter, JoinNorm, Norm, reads, writes
+from tests.network_cases import NETWORKS, network
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-from example_kernels import add, annotated_kernel, count_kernel, hold_kernel, meta, product_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
@@ -19,8 +18,10 @@ from sign_fast.kernels import ahead_of_time
 from sign_fast.kernels.ahead_of_time import ARCHITECTURES, specialise
 from sign_fast.kernels.device import KNOWN
 from sign_fast.kernels.launch import Launch
+from sign_fast.kernels.packs.key import key
 from sign_fast.kernels.resources import occupancy, resources, wide_share
 from sign_fast.kernels.sampler_step.launches import launches_noise
+from tests.example_kernels import add, annotated_kernel, count_kernel, hold_kernel, meta, product_kernel
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -86,10 +87,10 @@ def test_keys_tell_machine_code_apart():
         replace(launch, num_stages=2),
         replace(launch, constants={"BLOCK": 2048}),
     ]
-    assert ahead_of_time.key(same) == ahead_of_time.key(launch)
+    assert key(same) == key(launch)
     # add takes n from y: the first of the others differs in nothing but a shape that no argument carries
-    assert ahead_of_time.key(others.pop(0)) == ahead_of_time.key(launch)
-    assert len({ahead_of_time.key(other) for other in [launch, *others]}) == len(others) + 1
+    assert key(others.pop(0)) == key(launch)
+    assert len({key(other) for other in [launch, *others]}) == len(others) + 1
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -173,7 +174,7 @@ def test_multiplications_and_additions_stay_apart_where_a_launch_says_so():
     seeds, y = torch.empty(4, dtype=torch.int64, device="meta"), meta(4, 3, 32, 32, dtype=torch.float32)
     (apart,) = launches_noise(seeds, 0, y, 1.0, KNOWN[90])
     fused = Launch(apart.kernel, apart.grid, apart.arguments, apart.constants, apart.num_warps)
-    assert ahead_of_time.key(apart) != ahead_of_time.key(fused)
+    assert key(apart) != key(fused)
     found = [ahead_of_time.compile(launch, 90) for launch in (apart, fused)]
     assert [done.metadata["enable_fp_fusion"] for done in found] == [False, True]
     assert [bool(re.search(r"fma\.rn\.f32", done.ptx)) for done in found] == [False, True]

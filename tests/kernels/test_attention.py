@@ -7,10 +7,10 @@ import itertools
 import pytest
 import torch
 
-from oracle import assert_close
 from sign_fast import functional
 from sign_fast.kernels import dispatch
 from sign_fast.kernels.attention import op, reference
+from tests.oracle import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

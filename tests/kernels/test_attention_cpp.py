@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from oracle import assert_close
 from sign_fast.kernels import extension
 from sign_fast.kernels.attention import reference
+from tests.lesser_cpu import run_on
+from tests.oracle import assert_close
 
 pytestmark = pytest.mark.skipif(extension.module() is None, reason="needs the C++ extension")
 
@@ -72,7 +69,7 @@ def test_refuses_what_does_not_fit(qkv, heads, message):
 
 
 OTHER_CPU = """
-import test_attention_cpp as tests
+from tests.kernels import test_attention_cpp as tests
 from sign_fast.kernels import extension
 assert extension.module().capability() == {name!r}
 for tokens in (1, 16, 100):
@@ -83,18 +80,4 @@ for tokens in (1, 16, 100):
 
 @pytest.mark.parametrize("limit", ["avx2", "default"])
 def test_lesser_cpus(limit):
-    name = limit.upper()
-    if name == "AVX2" and extension.module().capability() == "DEFAULT":
-        pytest.skip("this CPU has no AVX2")
-    here = os.path.dirname(__file__)
-    done = subprocess.run(
-        [sys.executable, "-c", OTHER_CPU.format(name=name)],
-        capture_output=True,
-        text=True,
-        env={
-            **os.environ,
-            "ATEN_CPU_CAPABILITY": limit,
-            "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here), *sys.path]),
-        },
-    )
-    assert done.returncode == 0, done.stderr
+    run_on(limit, OTHER_CPU)

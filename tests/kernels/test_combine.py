@@ -9,13 +9,13 @@ import warnings
 
 import pytest
 import torch
-from combine_cases import DTYPES, KINDS, SHAPES, by, make, view
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from oracle import assert_close
 from sign_fast import functional
 from sign_fast.kernels import extension
 from sign_fast.kernels.combine import reference
+from tests.combine_cases import DTYPES, KINDS, SHAPES, by, make, view
+from tests.oracle import assert_close
 
 needs_extension = pytest.mark.skipif(extension.missing() is not None, reason="the C++ extension is not built")
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import copy
 import itertools
 
-import group_norm_cases as cases
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.plain import Plain
-from oracle import assert_close
 from sign_fast import functional
 from sign_fast.kernels import extension
 from sign_fast.kernels.group_norm_silu import op as group_norm_op
 from sign_fast.models import create
 from sign_fast.models.precond import EDMPrecond
+from tests import group_norm_cases as cases
+from tests.oracle import assert_close
 
 LAYOUTS = [torch.channels_last, torch.contiguous_format]
 OPERATORS = torch.ops.sign_fast
@@ -348,7 +348,7 @@ def test_operators_in_the_graph_agree(name, layout, fresh, monkeypatch):
 @pytest.fixture
 def fake_gpu(monkeypatch, fresh):
     """A mode in which tensors of "cuda:0" exist without a GPU."""
-    from fake_gpu import pretend
+    from tests.fake_gpu import pretend
 
     with pretend(monkeypatch) as mode:
         yield mode

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oracle import assert_close
 from sign_fast.kernels import extension
+from tests.lesser_cpu import run_on
+from tests.oracle import assert_close
 
 pytestmark = pytest.mark.skipif(extension.module() is None, reason="needs the C++ extension")
 
@@ -76,8 +73,8 @@ def applies(algorithm: str, k: int, resampling: str, size: tuple[int, int] = (8,
     """Whether the algorithm is one for such a convolution."""
     if resampling == "up" and (size[0] % 2 or size[1] % 2):
         return False
-    if algorithm == "winograd4":  # an image smaller than its tiles is never left to it: see `choose`
-        return k == 3 and resampling != "up" and min(size) >= 4
+    if algorithm == "winograd4":  # an image that its tiles do not fit is never left to it: see `choose`
+        return k == 3 and resampling != "up" and min(size) >= 4 and all(side % 4 == 0 or side > 12 for side in size)
     return algorithm in ("", "direct") or (k == 3 and (algorithm != "phases" or resampling == "up"))
 
 
@@ -148,7 +145,7 @@ def test_refuses_what_does_not_fit(change, message):
 
 
 OTHER_CPU = """
-import test_convolution as tests
+from tests.kernels import test_convolution as tests
 from sign_fast.kernels import extension
 assert extension.module().capability() == {name!r}
 for algorithm in tests.ALGORITHMS:
@@ -162,18 +159,4 @@ for algorithm in tests.ALGORITHMS:
 
 @pytest.mark.parametrize("limit", ["avx2", "default"])
 def test_lesser_cpus(limit):
-    name = limit.upper()
-    if name == "AVX2" and extension.module().capability() == "DEFAULT":
-        pytest.skip("this CPU has no AVX2")
-    here = os.path.dirname(__file__)
-    done = subprocess.run(
-        [sys.executable, "-c", OTHER_CPU.format(name=name)],
-        capture_output=True,
-        text=True,
-        env={
-            **os.environ,
-            "ATEN_CPU_CAPABILITY": limit,
-            "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here), *sys.path]),
-        },
-    )
-    assert done.returncode == 0, done.stderr
+    run_on(limit, OTHER_CPU)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import distill_loss_cases as cases
 import pytest
 import torch
 
-from golden_rules import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, arrays, normal, relative_error
 from sign_fast import functional
 from sign_fast.kernels import dispatch
 from sign_fast.kernels.distill_loss import op, reference
+from tests import distill_loss_cases as cases
+from tests.golden_rules import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, arrays, normal, relative_error
 
 EACH_LOSS = pytest.mark.parametrize("name", cases.LOSSES)
 EACH_DTYPE = pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
@@ -281,3 +281,57 @@ def test_golden_fake_score_loss(nan):
     loss.backward()
     assert relative_error(loss, golden[f"{key}/sum"]) <= OUTPUT_TOLERANCE
     assert relative_error(y_fake.grad, golden[f"{key}/grad_y_fake"]) <= GRADIENT_TOLERANCE
+
+
+@pytest.mark.parametrize("path", ["fast", "float64", "compiled", "transformed"])
+@pytest.mark.parametrize("name", ["sid_generator_loss", "distribution_matching_loss", "distill_losses", "gradients"])
+def test_weights_of_any_shape(name, path):
+    """B values are B values: (B, 1, 1, 1) is no broadcast to (B, 1, 1, B)."""
+    case = cases.make((3, 1, 4, 4), torch.float32, weighted=True)
+    dtype = torch.float64 if path == "float64" else torch.float32
+    images, y_real, y_fake = (case.tensors[key].to(dtype) for key in cases.NAMES)
+
+    def call(weight, sigma):
+        if name == "distill_losses":
+            return functional.distill_losses(images, y_real, y_fake, sigma, weight=weight)
+        if name == "gradients":
+            return functional.distill_loss_gradients(
+                images, y_real, y_fake, sigma, weight=weight, fake_weight=weight, fake_scale=0.3
+            )
+        return (getattr(functional, name)(images, y_real, y_fake, weight=weight),)
+
+    found = call
+    if path == "compiled":
+        torch.compiler.reset()
+        found = torch.compile(call, backend="eager")
+    elif path == "transformed":
+        if name == "gradients":
+            pytest.skip("without autograd there is nothing to transform")
+
+        def found(weight, sigma):
+            return torch.func.vjp(lambda w: call(w, sigma), weight)[0]
+
+    expected = call(case.weight, case.sigma)
+    got = found(case.weight.view(3, 1, 1, 1), case.sigma.view(3, 1, 1, 1))
+    for a, b in zip(got, expected, strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, b)
+
+
+def test_no_gradients_of_gradients_without_autograd():
+    for dtype in (torch.float32, torch.float64):
+        case = cases.make((2, 1, 3, 3), torch.float32)
+        images, y_real, y_fake = (case.tensors[key].to(dtype).requires_grad_() for key in cases.NAMES)
+        found = functional.distill_loss_gradients(images, y_real, y_fake, case.sigma.to(dtype).requires_grad_())
+        assert not any(t.requires_grad for t in found)
+
+
+def test_only_what_is_asked_for_is_computed():
+    case = cases.make((2, 1, 3, 3), torch.float32)
+    images, y_real, y_fake = (case.tensors[key].requires_grad_() for key in cases.NAMES)
+    loss = functional.sid_generator_loss(images, y_real, y_fake).sum()
+    (whole,) = torch.autograd.grad(loss, images, retain_graph=True)
+    (again,) = torch.autograd.grad(loss, [images], retain_graph=True)
+    assert torch.equal(whole, again)
+    both = torch.autograd.grad(loss, [images, y_fake])
+    assert torch.equal(both[0], whole)

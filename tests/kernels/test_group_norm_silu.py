@@ -8,16 +8,16 @@ import sys
 import warnings
 from dataclasses import replace
 
-import group_norm_cases as cases
 import pytest
 import torch
 
-from oracle import assert_close
 from sign_fast import functional
 from sign_fast.kernels import ahead_of_time, extension
 from sign_fast.kernels.device import KNOWN
 from sign_fast.kernels.group_norm_silu import config, launches, op, reference
 from sign_fast.kernels.resources import resources
+from tests import group_norm_cases as cases
+from tests.oracle import assert_close
 
 
 @pytest.mark.parametrize("channels_last", [True, False])

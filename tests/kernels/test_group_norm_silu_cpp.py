@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
-import group_norm_cases as cases
 import pytest
 import torch
 import torch.nn.functional as F
 
-from oracle import assert_close
 from sign_fast import functional
 from sign_fast.kernels import dispatch, extension
 from sign_fast.kernels.group_norm_silu import reference
+from tests import group_norm_cases as cases
+from tests.lesser_cpu import run_on
+from tests.oracle import assert_close
 
 pytestmark = pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
 
@@ -354,7 +351,9 @@ def test_the_operators_check_their_shapes(call, message):
 
 
 OTHER_CPU = """
-import torch, group_norm_cases as cases, test_group_norm_silu_cpp as tests
+import torch
+from tests import group_norm_cases as cases
+from tests.kernels import test_group_norm_silu_cpp as tests
 from sign_fast.kernels import extension
 assert extension.module().capability() == {name!r}
 for dtype in tests.DTYPES:
@@ -367,15 +366,4 @@ for dtype in tests.DTYPES:
 
 @pytest.mark.parametrize("limit", ["avx2", "default"])
 def test_lesser_cpus(limit):
-    name = limit.upper()
-    if name == "AVX2" and extension.module().capability() == "DEFAULT":
-        pytest.skip("this CPU has no AVX2")
-    here = os.path.dirname(__file__)
-    path = os.pathsep.join([here, os.path.dirname(here), *sys.path])
-    done = subprocess.run(
-        [sys.executable, "-c", OTHER_CPU.format(name=name)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "ATEN_CPU_CAPABILITY": limit, "PYTHONPATH": path},
-    )
-    assert done.returncode == 0, done.stderr
+    run_on(limit, OTHER_CPU)

@@ -12,7 +12,8 @@ from sign_fast import functional
 from sign_fast.kernels import device, dispatch, extension, overview
 from sign_fast.kernels.dispatch import Reason
 
-OPERATIONS = ["group_norm_silu", "attention", "distill_loss", "sampler_step", "combine"]
+ON_GPU = ["group_norm_silu", "attention", "distill_loss", "sampler_step", "combine"]
+OPERATIONS = [*ON_GPU, "convolution"]  # which is cuDNN's on a GPU
 WORDS = {"cpp": "C++", "flash": "PyTorch's flash attention"}
 
 
@@ -26,6 +27,8 @@ def one_call(operation, gradients):
         functional.fake_score_loss(x, torch.zeros_like(x), torch.ones(2))
     elif operation == "combine":
         functional.combine((x, x), (0.5, 2.0))
+    elif operation == "convolution":
+        functional.convolution(x, torch.ones(4, 12, 3, 3))
     else:
         functional.sampler_step(x, seeds=torch.arange(2))
 
@@ -49,7 +52,7 @@ def test_without_the_extension(monkeypatch):
     monkeypatch.setattr(extension, "missing", lambda: Reason("no compiler", "get one"))
     table = overview.operations()
     assert table["attention, cpu"] == "PyTorch's flash attention"
-    for operation in ("group_norm_silu", "distill_loss", "sampler_step", "combine"):
+    for operation in ("group_norm_silu", "distill_loss", "sampler_step", "combine", "convolution"):
         assert table[f"{operation}, cpu"] == "plain PyTorch: no compiler; get one"
 
 
@@ -67,7 +70,7 @@ def gpus(monkeypatch):
 def test_gpus(gpus, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     table = overview.operations()
-    for operation in OPERATIONS:
+    for operation in ON_GPU:
         assert table[f"{operation}, cuda:0"].split(", ")[0] == "Triton"
         assert table[f"{operation}, cuda:1"].endswith("need compute capability 8.0, this GPU has 7.5")
 
@@ -75,8 +78,10 @@ def test_gpus(gpus, monkeypatch):
 def test_a_gpu_without_triton(gpus, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     table = overview.operations()
-    for operation in OPERATIONS:
-        assert table[f"{operation}, cuda:0"] == "plain PyTorch: Triton is not installed; pip install triton"
+    for operation in ON_GPU:
+        assert table[f"{operation}, cuda:0"] == (
+            "plain PyTorch: Triton is not installed, and no pack of machine code fits; pip install triton"
+        )
 
 
 def test_no_gpu(monkeypatch):

@@ -9,12 +9,12 @@ import warnings
 
 import pytest
 import torch
-from sampler_step_cases import LAYOUTS, PAIRS, SEEDS, views
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from oracle import assert_close
 from sign_fast import functional
 from sign_fast.kernels.sampler_step import reference
+from tests.oracle import assert_close
+from tests.sampler_step_cases import LAYOUTS, PAIRS, SEEDS, views
 
 # Random123's known answers: counter, key, words
 KNOWN_ANSWERS = [

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 import torch
-from sampler_step_cases import DTYPES, LAYOUTS, PAIRS, SEEDS, by, needs_extension, same, views
 
-from oracle import assert_close
 from sign_fast import functional
 from sign_fast.kernels.sampler_step import reference
+from tests.oracle import assert_close
+from tests.sampler_step_cases import DTYPES, LAYOUTS, PAIRS, SEEDS, by, needs_extension, same, views
 
 pytestmark = needs_extension
 STEPS = (0, 1, -1, 2**31, 2**32 - 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import oracle
+from tests import oracle
 
 if not oracle.RUNS_TRITON:
     collect_ignore_glob = ["*"]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import distill_loss_cases
-import group_norm_cases
 import pytest
 import torch
-from test_attention import check as check_attention
-from test_attention import draw
-from test_group_norm_silu import check as check_norm
 
-from oracle import TRITON_DEVICE
+from tests import distill_loss_cases, group_norm_cases
+from tests.kernels_triton.test_attention import check as check_attention
+from tests.kernels_triton.test_attention import draw
+from tests.kernels_triton.test_group_norm_silu import check as check_norm
+from tests.oracle import TRITON_DEVICE
 
 pytest.importorskip("hypothesis")
 from hypothesis import Phase, given, settings

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from oracle import TRITON_DEVICE, assert_close
 from sign_fast import functional
 from sign_fast.kernels import dispatch
 from sign_fast.kernels.attention import config, reference
 from sign_fast.kernels.device import KNOWN
+from tests.oracle import TRITON_DEVICE, assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

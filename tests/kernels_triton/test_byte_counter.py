@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from example_kernels import add, block_kernel, count_kernel, repeat_kernel, whole_kernel
 
-import oracle
 from sign_fast.kernels.device import interpreting
 from sign_fast.kernels.launch import Launch
+from tests import oracle
+from tests.example_kernels import add, block_kernel, count_kernel, repeat_kernel, whole_kernel
 
 if not interpreting():
     pytest.skip("bytes are counted in the interpreter", allow_module_level=True)
 
-from traffic import count_bytes
+from tests.traffic import count_bytes
 
 DEVICE = oracle.TRITON_DEVICE
 

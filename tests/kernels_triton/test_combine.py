@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from combine_cases import DTYPES, SHAPES, by, make
 
-from oracle import TRITON_DEVICE, assert_close
 from sign_fast import functional
 from sign_fast.kernels.combine import reference
 from sign_fast.kernels.combine.registration import call
 from sign_fast.kernels.device import interpreting
+from tests.combine_cases import DTYPES, SHAPES, by, make
+from tests.oracle import TRITON_DEVICE, assert_close
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -56,7 +56,7 @@ def test_the_operator_reads_nothing_that_is_not_there(count, message):
 @pytest.mark.skipif(not interpreting(), reason="bytes are counted in the interpreter")
 @pytest.mark.parametrize("count", [1, 2, 5, 8])
 def test_every_tensor_is_moved_once(count):
-    from traffic import count_bytes
+    from tests.traffic import count_bytes
 
     states, coefficients = make((3, 3, 32, 33), count)
     dense = [t.contiguous() for t in states]

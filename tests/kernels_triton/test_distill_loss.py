@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import distill_loss_cases as cases
 import pytest
 import torch
 
-from oracle import TRITON_DEVICE
 from sign_fast.kernels.device import KNOWN
 from sign_fast.kernels.distill_loss import config
+from tests import distill_loss_cases as cases
+from tests.oracle import TRITON_DEVICE
 
 EACH_LOSS = pytest.mark.parametrize("name", cases.LOSSES)
 EACH_DTYPE = pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)

@@ -13,7 +13,7 @@ from sign_fast.kernels.distill_loss import config
 if not interpreting():
     pytest.skip("bytes are counted in the interpreter", allow_module_level=True)
 
-from traffic import count_bytes
+from tests.traffic import count_bytes
 
 SIZES = [(3, 32), (3, 64), (4, 64)]
 SUMS = 4 * 4 * 2 * config.SPANS  # of a sample that is split: written and read back

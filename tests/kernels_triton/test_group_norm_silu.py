@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import group_norm_cases as cases
 import pytest
 import torch
 
-from oracle import TRITON_DEVICE, assert_close
 from sign_fast import functional
 from sign_fast.kernels import dispatch
 from sign_fast.kernels.group_norm_silu import config
+from tests import group_norm_cases as cases
+from tests.oracle import TRITON_DEVICE, assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

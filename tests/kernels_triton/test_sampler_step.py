@@ -7,10 +7,10 @@ import torch
 import triton
 import triton.language as tl
 
-from oracle import TRITON_DEVICE, assert_close
 from sign_fast import functional
 from sign_fast.kernels import dispatch
 from sign_fast.kernels.sampler_step import reference, triton_kernels
+from tests.oracle import TRITON_DEVICE, assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KNOWN_ANSWERS = [

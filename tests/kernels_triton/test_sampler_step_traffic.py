@@ -11,7 +11,7 @@ from sign_fast.kernels.device import interpreting
 if not interpreting():
     pytest.skip("bytes are counted in the interpreter", allow_module_level=True)
 
-from traffic import count_bytes
+from tests.traffic import count_bytes
 
 SHAPES = [(2, 3, 32), (1, 4, 64), (3, 3, 7)]  # images, channels, height and width
 

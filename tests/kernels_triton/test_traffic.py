@@ -19,7 +19,7 @@ from sign_fast.kernels.group_norm_silu import config, launches
 if not interpreting():
     pytest.skip("bytes are counted in the interpreter", allow_module_level=True)
 
-from traffic import Traffic, count_bytes
+from tests.traffic import Traffic, count_bytes
 
 BATCH = 64
 CIFAR = sorted(call for call in calls("cifar10-uncond-vp") if isinstance(call, Norm))

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from golden_rules import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, arrays, golden_net, normal, relative_error, settings
+from tests.golden_rules import (
+    GRADIENT_TOLERANCE,
+    OUTPUT_TOLERANCE,
+    arrays,
+    golden_net,
+    normal,
+    relative_error,
+    settings,
+)
 
 NETS = list(settings("networks")["nets"])
 

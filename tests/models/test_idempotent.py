@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from golden_rules import fill, relative_error
-from network_cases import inputs, network
 from sign_fast import models, optimize
 from sign_fast.checkpoints.store import find, read_config, save_network
 from sign_fast.errors import SignFastError
 from sign_fast.models import IdempotentPrecond
+from tests.golden_rules import fill, relative_error
+from tests.network_cases import inputs, network
 
 TEACHERS = ["ddpmpp-cond", "ddpmpp-two-blocks", "ncsnpp", "skip-iddpm"]  # EDM, VP, VE, iDDPM
 

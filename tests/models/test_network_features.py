@@ -9,9 +9,9 @@ import pickle
 import pytest
 import torch
 
-from golden_rules import OUTPUT_TOLERANCE, arrays, golden_net, normal, relative_error, settings
 from sign_fast import models
 from sign_fast.errors import SignFastError
+from tests.golden_rules import OUTPUT_TOLERANCE, arrays, golden_net, normal, relative_error, settings
 
 OFFICIAL = settings("official_configs")
 

@@ -15,8 +15,6 @@ import pytest
 import torch
 from torch import nn
 
-from network_cases import network
-from oracle import assert_close
 from sign_fast import functional, models, optimize
 from sign_fast.errors import SignFastError
 from sign_fast.inference import conditioning
@@ -26,6 +24,8 @@ from sign_fast.sampling import engine as module
 from sign_fast.sampling.engine import Engine
 from sign_fast.sampling.loop import run_plan_reference
 from sign_fast.sampling.noise import PhiloxNoise, SeededNoise
+from tests.network_cases import network
+from tests.oracle import assert_close
 
 SEEDS = [7, 0, 123456789012]
 SAMPLERS = {"edm": edm_sampler, "ablation": ablation_sampler, "one_step": one_step, "few_step": few_step}
@@ -315,7 +315,7 @@ def test_refused_networks():
 WITHOUT = """
 import sys, torch
 sys.path[:0] = {path!r}
-from test_engine import CASES, SEEDS, Engine, Module, extension, function, network
+from tests.sampling.test_engine import CASES, SEEDS, Engine, Module, extension, function, network
 assert extension.module() is None
 images = [
     Engine(net, noise=noise).generate(SEEDS, sampler, steps, None, output, **options)

@@ -7,15 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from stand_in_capture import StandIn
 from torch import nn
 
-from network_cases import network
 from sign_fast import models, optimize
 from sign_fast.errors import SignFastError
 from sign_fast.inference import conditioning
 from sign_fast.sampling.engine import Engine
 from sign_fast.sampling.graphs import GraphMemoryWarning, GraphRecaptureWarning, Graphs
+from tests.network_cases import network
+from tests.stand_in_capture import StandIn
 
 SEEDS = [7, 0, 123456789012, 5]
 CHURN = {"S_churn": 2.0, "S_noise": 1.01}

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from golden_rules import (
+from sign_fast import functional
+from sign_fast.sampling import SeededNoise, ablation_sampler, edm_sampler, few_step, few_step_latent, one_step
+from tests.golden_rules import (
     GRADIENT_TOLERANCE,
     OUTPUT_TOLERANCE,
     arrays,
@@ -18,8 +20,6 @@ from golden_rules import (
     relative_error,
     settings,
 )
-from sign_fast import functional
-from sign_fast.sampling import SeededNoise, ablation_sampler, edm_sampler, few_step, few_step_latent, one_step
 
 SEEDS = [0, 1, 2, 5, 10, 2**32 + 3]
 

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from stand_in_capture import StandIn
 from torch import nn
 
 from sign_fast.errors import SignFastError
@@ -26,6 +25,7 @@ from sign_fast.sampling.graphs import (
     captured,
     generate_in_buckets,
 )
+from tests.stand_in_capture import StandIn
 
 KEY = GraphKey(0, 4, ("heun", 2), torch.float32, False, "torch", "float")
 

@@ -7,12 +7,10 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 
-from golden_rules import normal
 from sign_fast.kernels import extension
 from sign_fast.sampling import (
     SeededNoise,
@@ -29,6 +27,7 @@ from sign_fast.sampling.edm import edm_plan
 from sign_fast.sampling.loop import draw_ahead, run_plan, run_plan_reference
 from sign_fast.sampling.plan import Call, Combine, Plan
 from sign_fast.sampling.students import few_step_latent_plan, few_step_plan, multistep_plan, recursive_plan
+from tests.golden_rules import normal
 
 needs_extension = pytest.mark.skipif(extension.module() is None, reason=str(extension.missing()))
 SHAPE = (3, 2, 5, 7)
@@ -269,7 +268,7 @@ def test_noise_is_drawn_ahead_in_the_published_dtype():
 
 IMAGES = """
 import torch
-from test_loop import all_samplers
+from tests.sampling.test_loop import all_samplers
 torch.save(all_samplers(), {path!r})
 """
 
@@ -311,10 +310,7 @@ def all_samplers():
 @needs_extension
 def test_without_the_extension_the_images_are_the_same(tmp_path):
     path = str(tmp_path / "images.pt")
-    tests = Path(__file__).parent
-    root = tests.parent.parent
-    env = {**os.environ, "SIGN_FAST_DISABLE_EXT": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(tests), str(tests.parent), str(root), env.get("PYTHONPATH", "")])
+    env = {**os.environ, "SIGN_FAST_DISABLE_EXT": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", IMAGES.format(path=path)], env=env, check=True)
     without = torch.load(path)
     for name, images in all_samplers().items():

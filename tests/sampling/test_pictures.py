@@ -12,7 +12,7 @@ from PIL import Image
 
 from sign_fast.errors import SignFastError
 from sign_fast.sampling import pictures
-from sign_fast.sampling.pictures import PngWriter, encode_png, read_png, save_png
+from sign_fast.sampling.pictures import PngWriter, encode_png, read_png, save_grid, save_png
 
 
 def image(*shape, seed=0):
@@ -30,6 +30,18 @@ def test_pixels_come_back(tmp_path, shape):
     turned = want.transpose(1, 0, 2)  # not contiguous
     save_png(tmp_path / "b.png", turned)
     assert (read_png(tmp_path / "b.png") == turned).all()
+
+
+@pytest.mark.parametrize(("columns", "shape"), [(None, (2, 3)), (2, (3, 2)), (5, (1, 5))])
+def test_grid_of_columns(tmp_path, columns, shape):
+    images = [np.full((4, 6, 1), 40 * (i + 1), np.uint8) for i in range(5)]
+    save_grid(tmp_path / "grid.png", images, columns)
+    grid = read_png(tmp_path / "grid.png")[:, :, 0].astype(int)
+    rows, across = shape
+    height, width = grid.shape[0] / rows, grid.shape[1] / across
+    for i in range(rows * across):
+        middle = grid[int((i // across + 0.5) * height), int((i % across + 0.5) * width)]
+        assert middle == (40 * (i + 1) if i < 5 else 255)
 
 
 def test_other_channels():

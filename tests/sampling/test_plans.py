@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 
-from golden_rules import normal, relative_error
 from sign_fast.sampling.ablation import ablation_plan, vp_schedule
 from sign_fast.sampling.edm import edm_plan, karras_sigmas
 from sign_fast.sampling.loop import run_plan
@@ -22,6 +21,7 @@ from sign_fast.sampling.students import (
     one_step_plan,
     recursive_plan,
 )
+from tests.golden_rules import normal, relative_error
 
 SHAPE = (2, 3, 4, 4)
 TOLERANCE = 1e-12

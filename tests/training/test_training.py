@@ -89,6 +89,16 @@ def test_damaged_newest_state_falls_back(finished, tmp_path):
     assert same(weights(tmp_path), weights(finished))
 
 
+def test_a_run_whose_states_are_all_damaged_is_left_as_it_is(finished, tmp_path):
+    Trainer(settings(kimg=0.048), tmp_path, CPU).run()
+    for path in tmp_path.glob("state-*"):
+        path.write_bytes(path.read_bytes()[:1000])
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.name != ".lock"}
+    with pytest.raises(SignFastError, match=r"all damaged .*choose another --outdir"):
+        Trainer(settings(), tmp_path, CPU)
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.name != ".lock"} == before
+
+
 def test_other_settings_are_refused(finished):
     with pytest.raises(SignFastError, match="holds a run with another lr"):
         Trainer(settings(lr=0.5), finished, CPU)
@@ -178,5 +188,5 @@ def test_a_perfect_denoiser_has_no_loss():
 
 
 def test_diverging_run_stops_with_the_reason(tmp_path):
-    with pytest.raises(SignFastError, match=r"the loss is (nan|inf).*lower --lr"):
-        Trainer(settings(lr=1e30, lr_rampup_kimg=0, kimg=1), tmp_path, CPU).run()
+    with pytest.raises(SignFastError, match=r"the loss is (nan|inf).*lower --lr or use --precision fp32$"):
+        Trainer(settings(lr=1e30, lr_rampup_kimg=0, kimg=1), tmp_path, CPU).run()  # before any state is saved

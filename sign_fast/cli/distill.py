@@ -1,0 +1,191 @@
+"""`sign-fast distill`: one- and few-step students from a teacher."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import SignFastError
+from .processes import Process, accumulation, device_for, process_group, this_process
+
+if TYPE_CHECKING:
+    from ..distill.settings import DistillSettings
+
+_MILLIONS = {
+    "duration": "kimg",
+    "ema": "ema_halflife_kimg",
+    "lr_rampup": "lr_rampup_kimg",
+    "idem_ramp": "idem_ramp_kimg",
+    "student_after": "student_kimg",
+    "adversarial_after": "adversarial_kimg",
+}
+_SID = ("steps", "tmin", "tmax", "sigma_init")
+_ONLY = {  # what not every method reads
+    "sid": _SID,
+    "sida": (*_SID, "data", "xflip", "adversarial_weight", "adversarial_kimg", "student_kimg"),
+    "sign": ("data", "xflip", "held_out", "rec", "idem", "flow", "dmd", "den", "matching", "idem_ramp_kimg"),
+}
+_OF_THE_FAKE_SCORE = ("den", "fake_updates", "fake_lr", "fake_betas", "fake_scale")
+
+
+@click.command()
+@click.option("--outdir", required=True, type=click.Path(path_type=Path), help="Of the run; an unfinished one goes on.")
+@click.option("--recipe", help="Settings by name, e.g. digits-sid; other options go over them.")
+@click.option("--method", type=click.Choice(["sid", "sida", "sign"]), help="SiD, SiDA (real images too) or SIGN.")
+@click.option("--teacher", help="Folder or bundled name of the denoiser.")
+@click.option("--data", help="'digits:train', or a folder or zip of images; sign without takes the teacher's samples.")
+@click.option("--steps", type=int, help="K of few-step SiD.  [default: 1]")
+@click.option("--update", type=click.Choice(["alternating", "combined"]), help="As published, or both losses at once.")
+@click.option("--duration", type=float, help="Length in millions of images.")
+@click.option("--batch", type=int, help="Images a step, over all processes.")
+@click.option("--batch-gpu", type=click.IntRange(min=1), help="At most this many images at a time in a process.")
+@click.option("--lr", type=float, help="Adam's learning rate, of the student.")
+@click.option("--fake-lr", type=float, help="Of the fake score.  [default: --lr]")
+@click.option("--lr-schedule", type=click.Choice(["constant", "cosine"]), help="After the ramp-up.")
+@click.option("--lr-rampup", type=float, help="Ramp-up in millions of images.")
+@click.option("--beta1", type=float, help="Adam's, of the student.")
+@click.option("--fake-beta1", type=float, help="Of the fake score.")
+@click.option("--ema", type=float, help="Half-life of the student's average in millions of images.")
+@click.option("--dropout", type=float, help="Of student and fake score.  [default: the teacher's]")
+@click.option("--alpha", type=float, help="α of SiD's loss.")
+@click.option("--tmin", type=float, help="Smallest time of SiD's noise levels, of 1000.")
+@click.option("--tmax", type=float, help="Largest.")
+@click.option("--sigma_G", "sigma_init", type=float, help="Noise level of SiD's student input.  [default: 2.5]")
+@click.option("--ls", "fake_scale", type=float, help="Factor of the fake score's loss.")
+@click.option("--lsg", "student_scale", type=float, help="Factor of the student's loss.")
+@click.option("--lsg-gan", "adversarial_weight", type=float, help="Factor of SiDA's adversarial loss.")
+@click.option("--adversarial-after", type=float, help="When that loss sets in, in millions of images.  [default: 0.2]")
+@click.option("--student-after", type=float, help="When SiDA's student starts to move.  [default: 0.1]")
+@click.option("--rec", type=float, help="Weight of SIGN's reconstruction; 0 leaves a term away.")
+@click.option("--idem", type=float, help="Of idempotence.")
+@click.option("--idem-ramp", type=float, help="Over which --idem rises from 0, in millions of images.")
+@click.option("--flow", type=float, help="Of consistency along the teacher's flow.")
+@click.option("--dmd", type=float, help="Of distribution matching.")
+@click.option("--matching", type=click.Choice(["dmd", "sid"]), help="Which loss matches distributions.")
+@click.option("--reg", type=float, help="Of regression on the teacher's pairs, with every method.")
+@click.option("--pairs", type=int, help="Teacher pairs made, for --reg or for want of --data.")
+@click.option("--den", type=float, help="Of the fake score's denoising loss.")
+@click.option("--fake-updates", type=int, help="Of the fake score, for one of the student.")
+@click.option("--xflip/--no-xflip", default=None, help="Mirror half of the real images.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="Of the inner networks.")
+@click.option("--parallel", type=click.Choice(["ddp", "fsdp"]), help="FSDP2 for networks beyond one device.")
+@click.option("--checkpointing", is_flag=True, default=None, help="Recompute activations, for memory.")
+@click.option("--cuda-graph/--no-cuda-graph", "capture", default=None, help="Capture the whole iteration.")
+@click.option("--seed", type=int, help="Of every draw.  [default: 0]")
+@click.option("--log-every", type=int, help="Iterations between log rows.")
+@click.option("--snap-every", "save_every", type=int, help="Iterations between checkpoints.")
+@click.option("--keep", type=int, help="Checkpoints kept.")
+@click.option("--quality-every", type=int, help="Iterations between quality checks.")
+@click.option("--quality-images", type=int, help="Images of a quality check.")
+@click.option("--held-out", help="Data set that SIGN's reconstruction is measured on.")
+@click.option("--stop-factor", type=float, help="Stop where quality is so many times worse than its best; inf: never.")
+@click.option("--device", help="cpu, cuda or cuda:N.  [default: cuda where there is one]")
+@click.option("--dry-run", is_flag=True, help="Check everything, print the settings, and train nothing.")
+def distill(
+    outdir: Path,
+    recipe: str | None,
+    batch_gpu: int | None,
+    beta1: float | None,
+    fake_beta1: float | None,
+    device: str | None,
+    dry_run: bool,
+    **options: Any,
+) -> None:
+    """Distil a teacher into a one- or few-step student; run the same command again to go on after an interruption.
+
+    The run's folder holds metrics.csv, quality.csv, curves.png, sample grids, TensorBoard logs, resumable states,
+    network/, the student's averaged weights, and best/, those of the best quality.
+
+    \b
+    sign-fast distill --recipe digits-sid --outdir runs/digits-sid
+    sign-fast distill --method sign --teacher digits-uncond --outdir runs/sign --batch 128 --lr 1e-3 --duration 0.2
+    torchrun --nproc-per-node 8 -m sign_fast.cli distill --recipe cifar10-uncond --teacher DIR --outdir runs/cifar
+    """
+    from ..checkpoints.store import resolve_device
+    from ..distill.recipes import settings_from
+
+    process = this_process()
+    given = {_MILLIONS.get(name, name): value for name, value in options.items() if value is not None}
+    given |= {field: options[name] * 1000 for name, field in _MILLIONS.items() if options[name] is not None}
+    given |= {name: (beta, 0.999) for name, beta in (("betas", beta1), ("fake_betas", fake_beta1)) if beta is not None}
+    settings = settings_from(recipe, **given)
+    _check_options(settings, given)
+    if batch_gpu is not None:
+        parts = accumulation(settings.batch, batch_gpu, process.world)
+        settings = settings_from(recipe, **given, accumulation=parts)
+    chosen = resolve_device(device_for(process, device))
+    with process_group(process, chosen.type):
+        _run(settings, outdir, chosen, process, dry_run)
+
+
+def _check_options(settings: DistillSettings, given: dict[str, Any]) -> None:
+    """Refuse what was given, beside a recipe or without, and would not be read."""
+    s = settings
+    goes_with = {name: f"--method {method}" for method in reversed(_ONLY) for name in _ONLY[method]}
+    unread = {name: words for name, words in goes_with.items() if name not in _ONLY[s.method]}
+    found = {name: f"{words}, not with {s.method}" for name, words in unread.items()}
+    if s.method == "sign":
+        if not s.idem:
+            found["idem_ramp_kimg"] = "--idem above 0"
+        if s.matching != "sid":
+            found["alpha"] = "--matching sid"
+        if not s.trains_fake_score:
+            found |= dict.fromkeys(("alpha", "matching", *_OF_THE_FAKE_SCORE), "--dmd above 0")
+        if s.data is None and s.xflip:
+            found["xflip"] = "--data"
+    if not s.needs_pairs:
+        found["pairs"] = "--reg above 0"
+    options = {_MILLIONS.get(str(p.name), str(p.name)): p.opts[0] for p in distill.params}
+    options |= {"betas": "--beta1", "fake_betas": "--fake-beta1"}
+    for name in given:
+        if name in found:
+            raise SignFastError(f"{options[name]} goes with {found[name]}: leave it away")
+
+
+def _run(settings: DistillSettings, outdir: Path, device: Any, process: Process, dry_run: bool) -> None:
+    from tqdm import tqdm
+
+    from ..distill.settings import plain
+    from ..distill.trainer import Distiller
+    from ..training.loop import Progress
+
+    command = "sign-fast " + " ".join(sys.argv[1:])
+    run = Distiller(settings, None if dry_run else outdir, device, command=command)
+    before = len(run.notes)
+    _tell(process, run.notes)
+    if dry_run:
+        if process.first:
+            click.echo(json.dumps({**plain(settings), "iterations": settings.iterations}, indent=1))
+        return
+    with tqdm(
+        total=settings.iterations,
+        initial=run.iteration,
+        unit="it",
+        desc="distill",
+        disable=not process.first,
+        smoothing=0.05,
+    ) as bar:
+        shown: dict[str, str] = {}
+
+        def report(progress: Progress) -> None:
+            bar.update(progress.iteration - bar.n)
+            kept = {name: value for name, value in progress.values.items() if name.startswith(("loss", "quality"))}
+            shown.update({name: f"{value:.4g}" for name, value in kept.items()})
+            bar.set_postfix(shown)
+
+        run.run(report)
+    _tell(process, run.notes[before:])
+    if process.first:
+        best = run.guard
+        told = "" if best.best is None else f"; best {best.best:.4g} at {best.best_iteration}: {outdir / 'best'}"
+        click.echo(f"distilled to {settings.iterations} iterations: {outdir / 'network'}{told}")
+
+
+def _tell(process: Process, notes: list[str]) -> None:
+    if process.first:
+        for note in notes:
+            click.echo(note, err=True)
