@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
         SignFastError: the system refused (no space, no permission, …); `path` is as it was.
     """
     path = Path(path)
-    with explain_os_errors(path):
+    with explain_os_errors(path), _removing(path.parent) as remove:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
@@ -98,7 +98,25 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
             if durable:
                 _sync_folder(path.parent)
         finally:
-            temporary.unlink(missing_ok=True)
+            remove(temporary.name)
+
+
+@contextmanager
+def _removing(folder: Path) -> Iterator[Callable[[str], None]]:
+    """How to remove a file of `folder` that may be gone, even if the folder has been renamed meanwhile."""
+    if os.unlink not in os.supports_dir_fd:
+        yield lambda name: (folder / name).unlink(missing_ok=True)
+        return
+    handle = os.open(folder, getattr(os, "O_PATH", os.O_RDONLY))  # a folder may be writable, not readable
+
+    def remove(name: str) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=handle)
+
+    try:
+        yield remove
+    finally:
+        os.close(handle)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -31,6 +31,22 @@ def test_failed_write_keeps_the_old_file(tmp_path):
     assert target.stat().st_mode & 0o044  # not private, as a plain new file would be
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_folder_renamed_meanwhile_keeps_nothing_half_written(tmp_path, moment):
+    folder, moved = tmp_path / "out", tmp_path / "moved"
+    folder.mkdir()
+
+    def move(temporary):
+        if moment == "after":
+            temporary.write_text("half")
+        folder.rename(moved)
+        temporary.write_text("half")
+
+    with pytest.raises(SignFastError, match="cannot write"):
+        write_atomically(folder / "file", move)
+    assert moved.is_dir() and not list(moved.iterdir())
+
+
 def test_failed_folder_keeps_the_old_one(tmp_path):
     target = tmp_path / "net"
     replace_folder(target, lambda folder: write_text(folder / "a", "old"))
