@@ -54,9 +54,9 @@ def test_a_file_that_only_the_interpreter_runs_has_not_failed(tmp_path):
 
 def test_a_step_that_hangs_is_ended_with_what_it_started(tmp_path):
     child = f"import subprocess, sys; p = subprocess.Popen([{sys.executable!r}, '-c', 'import time; time.sleep(600)'])"
-    step = python("hangs", f"{child}; print(p.pid, flush=True); p.wait()", limit=3)
+    step = python("hangs", f"{child}; print(p.pid, flush=True); p.wait()", limit=5)
     facts = run(step, tmp_path, time.monotonic() + 60)
-    assert facts["outcome"] == "timed out after 3 s" and facts["failed"]
+    assert facts["outcome"] == "timed out after 5 s" and facts["failed"]
     pid = int((tmp_path / "all.log").read_text().splitlines()[2])
     status = Path(f"/proc/{pid}/stat")
     for _ in range(100):  # until the system has cleared it away

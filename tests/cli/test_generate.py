@@ -328,15 +328,20 @@ def test_the_bar_counts_what_has_been_saved(tmp_path, capfd):
 
 
 def test_at_most_so_many_images_wait(tmp_path, capfd, monkeypatch):
-    waiting = []
-    save = PngWriter.save
+    waiting, wanted = [], threading.Event()
+    save, finish = PngWriter.save, PngWriter._finish_oldest
 
     def counting(self, path, image):
         save(self, path, image)
         waiting.append(len(self._jobs))
 
+    def finishing(self):
+        wanted.set()
+        finish(self)
+
     monkeypatch.setattr(PngWriter, "save", counting)
-    monkeypatch.setattr(pictures, "save_png", lambda path, image: time.sleep(0.002))
+    monkeypatch.setattr(PngWriter, "_finish_oldest", finishing)
+    monkeypatch.setattr(pictures, "save_png", lambda path, image: wanted.wait())  # slower than any generator
     assert generate(capfd, tmp_path, "--num", 700, "--batch", 350, "--workers", 2)[0] == 0
     assert len(waiting) == 700 and max(waiting) == 256
 
