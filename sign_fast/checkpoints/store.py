@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import SignFastError, first_line
 from ..models.precond import Precond
 from ..models.presets import CLASSES, preset_names
+from . import published
 from .atomic import replace_folder, write_text
 
 CONFIG = "config.json"
@@ -30,10 +31,10 @@ def bundled_names() -> list[str]:
 
 
 def find(path_or_name: str | os.PathLike[str]) -> Path:
-    """The folder of a network.
+    """Where a network lies: its folder, or the file of a published snapshot.
 
     Raises:
-        SignFastError: neither a folder with a network nor a bundled name.
+        SignFastError: neither of these, nor a bundled name, nor a repository of the Hub.
     """
     text = os.fspath(path_or_name)
     path = Path(text)
@@ -48,8 +49,11 @@ def find(path_or_name: str | os.PathLike[str]) -> Path:
         return path
     known = f"bundled: {', '.join(bundled_names()) or 'none'}"
     if path.is_file():
+        if path.suffix.lower() in published.SUFFIXES:
+            return path
         raise SignFastError(
-            f"{path} is a file: a network is a folder with {CONFIG} and {WEIGHTS}, or a bundled name ({known})"
+            f"{path} is a file: a network is a folder with {CONFIG} and {WEIGHTS}, a published snapshot "
+            f"({', '.join(published.SUFFIXES)}), or a bundled name ({known})"
         )
     if text in preset_names():
         raise SignFastError(
@@ -59,11 +63,13 @@ def find(path_or_name: str | os.PathLike[str]) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The content of config.json, checked.
+    """The content of config.json, checked; of a published snapshot, what config.json would say, a role only if known.
 
     Raises:
         SignFastError: unreadable, not ours, or a class that the library does not have.
     """
+    if folder.is_file():
+        return _snapshot_config(published.read_snapshot(folder))
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -114,20 +120,67 @@ def check_state(state: dict[str, Tensor], expected: dict[str, Tensor], source: o
         raise SignFastError(f"{source} {'; '.join(problems)}: weights and configuration are of different networks")
 
 
-def load_network(path_or_name: str | os.PathLike[str], device: str | torch.device | None = None) -> Precond:
-    """See `sign_fast.models.load`."""
-    folder = find(path_or_name)
-    config = read_config(folder)
-    state = read_weights(folder / WEIGHTS)
+def build_meta(cls: str, kwargs: dict[str, Any], source: object) -> Precond:
+    """The network without memory for its weights, on the meta device.
+
+    Raises:
+        SignFastError: arguments that the class does not take, or out of all proportion: they may be anybody's.
+    """
+    _check_proportion(kwargs, source)
     try:
         with torch.device("meta"):
-            net = CLASSES[config["cls"]](**config["kwargs"])
-    except (TypeError, ValueError) as error:
-        raise SignFastError(f"{folder / CONFIG}: {first_line(error)}") from error
-    check_state(state, net.state_dict(), folder / WEIGHTS)
-    net.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+            return CLASSES[cls](**kwargs)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise SignFastError(f"{source}: {first_line(error)}") from error
+
+
+def _check_proportion(kwargs: dict[str, Any], source: object) -> None:
+    """A network that would take hours to build is refused before."""
+    limits = {"num_blocks": 100, "M": 100_000}
+    for name, value in kwargs.items():
+        many = isinstance(value, (list, tuple))
+        values = value if many else [value]
+        numbers = [v for v in values if isinstance(v, (int, float))]
+        if many and len(numbers) < len(values):
+            raise SignFastError(f"{source}: argument {name} must be a list of numbers")
+        if len(values) > 100 or any(isinstance(v, int) and abs(v) > limits.get(name, 10**6) for v in numbers):
+            raise SignFastError(f"{source}: argument {name} is out of all proportion: no such network was ever made")
+
+
+def load_network(path_or_name: str | os.PathLike[str], device: str | torch.device | None = None) -> Precond:
+    """See `sign_fast.models.load`."""
+    place = find(path_or_name)
+    target = resolve_device(device)
+    _, net, state = read_network(place)
+    net.load_state_dict(state, assign=True)
     net = net.eval().requires_grad_(False)
-    return net.to(resolve_device(device), memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    return net.to(target, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def read_network(place: Path, key: str | None = None) -> tuple[dict[str, Any], Precond, dict[str, Tensor]]:
+    """config.json's content, the network on the meta device and its weights, float32 and checked, of what `find` found.
+
+    Args:
+        place: a network's folder, or a published snapshot.
+        key: of a snapshot, the entry wanted; None means "ema".
+
+    Raises:
+        SignFastError: damaged, or the weights are not of the network that is described.
+    """
+    if place.is_file():
+        snapshot = published.read_snapshot(place, key)
+        net = build_meta(snapshot.cls, snapshot.kwargs, place)
+        return _snapshot_config(snapshot), net, snapshot.state(net)
+    config = read_config(place)
+    state = read_weights(place / WEIGHTS)
+    net = build_meta(config["cls"], config["kwargs"], place / CONFIG)
+    check_state(state, net.state_dict(), place / WEIGHTS)
+    return config, net, {name: value.float() for name, value in state.items()}
+
+
+def _snapshot_config(snapshot: published.PublishedNetwork) -> dict[str, Any]:
+    config = {"format": _FORMAT, "cls": snapshot.cls, "kwargs": snapshot.kwargs}
+    return config if snapshot.role is None else {**config, "role": snapshot.role}
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
