@@ -1,0 +1,149 @@
+"""The places of a diffusers network that sign_fast has an operation for, what they can become and what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.models import attention_processor, normalization, resnet
+from diffusers.models.transformers import transformer_2d
+from torch import Tensor, nn
+
+from ...kernels.dispatch import Reason
+from .attention import Attention, attention_reason, kernel_reason
+from .modules import (
+    GroupNorm,
+    GroupNormSiLU,
+    ResnetBlock2D,
+    SiLU,
+    Transformer2DModel,
+    follower_of,
+    resnet_reason,
+    transformer_reason,
+)
+from .report import Found
+
+CLASS = "_sign_fast_class"
+"""The attribute with the class that a module of ours had."""
+
+_NORM, _NORM_SILU, _SUM, _ATTENTION = "GroupNorm", "GroupNorm–SiLU", "residual sum", "attention"
+_ONE_PASS = "functional.group_norm_silu"
+_JOINED = "functional.residual_group_norm_silu, with the next norm"
+_LEFT_ON_REQUEST = Reason("accelerate was told to leave it", "call it again with attention=True")
+_OVERRIDDEN = Reason("its forward is overridden on the instance", "accelerate before what overrides it")
+_FORMAT = Reason("its weight is not in channels_last", "call accelerate again with channels_last=True")
+_DERIVED = Reason("a class derived from diffusers', whose forward may differ")
+_PARAMETER = Reason("its weight is no plain tensor (sharded, quantized or not loaded yet)", "accelerate before that")
+_NONE_OF_OURS = Reason("sign_fast has no operation for it: torch.compile fuses it with its neighbours")
+
+
+class Candidate(NamedTuple):
+    """A module and what it can become: `ours`, or None with the reason."""
+
+    name: str
+    module: nn.Module
+    kind: str
+    uses: str
+    ours: type[nn.Module] | None
+    reason: Reason | None
+
+
+def candidates(model: nn.Module) -> Iterator[Candidate]:
+    """Every module that there is something to say about, in the network's order."""
+    with_silu = _norms_with_silu(model)
+    for name, module in model.named_modules():
+        plain = plain_class(module)
+        if isinstance(module, nn.GroupNorm):
+            kind = _NORM_SILU if module in with_silu else _NORM
+            yield _candidate(name, module, kind, _ONE_PASS, nn.GroupNorm, with_silu.get(module, GroupNorm), None)
+        elif module in with_silu:
+            yield _candidate(name, module, "SiLU", "in its norm's pass", nn.SiLU, SiLU, None)
+        elif isinstance(module, resnet.ResnetBlock2D):
+            reason = resnet_reason(module)
+            kind = _SUM if reason is None else f"{_NORM_SILU} and {_SUM}"
+            yield _candidate(name, module, kind, _sum(module), resnet.ResnetBlock2D, ResnetBlock2D, reason)
+        elif isinstance(module, resnet.ResnetBlockCondNorm2D | normalization.AdaGroupNorm):
+            yield Candidate(name, module, plain.__name__, "", None, Reason("its norm's scale and shift are networks"))
+        elif isinstance(module, transformer_2d.Transformer2DModel):
+            ours = (transformer_2d.Transformer2DModel, Transformer2DModel, transformer_reason(module))
+            yield _candidate(name, module, _SUM, _sum(module), *ours)
+        elif isinstance(module, attention_processor.Attention):
+            ours_too = (attention_processor.Attention, Attention, attention_reason(module))
+            yield _candidate(name, module, _ATTENTION, "functional.attention", *ours_too)
+        elif isinstance(module, nn.LayerNorm) or plain.__name__ == "GEGLU":
+            yield Candidate(name, module, plain.__name__, "", None, _NONE_OF_OURS)
+
+
+def look(model: nn.Module, prefix: str) -> Iterator[Found]:
+    """The model's sites as they are now, their names after `prefix`."""
+    for c in candidates(model):
+        name = ".".join(filter(None, (prefix, c.name)))
+        reason = c.reason
+        if reason is None and type(c.module) is not c.ours:
+            reason = _LEFT_ON_REQUEST
+        yield Found(name, c.kind, c.uses, reason)
+        if reason is None and c.kind == _ATTENTION and kernel_reason(c.module) is not None:
+            yield Found(name, "attention kernel", "", kernel_reason(c.module))
+    for name, parameter in images(model):
+        reason = parameter_reason(parameter)
+        if reason is None and not parameter.is_contiguous(memory_format=torch.channels_last):
+            reason = _FORMAT
+        yield Found(".".join(filter(None, (prefix, name))), "convolution", "channels_last", reason)
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class that the module has, or had before it became ours."""
+    return module.__dict__.get(CLASS, type(module))
+
+
+def images(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The four-dimensional parameters, which have a memory format."""
+    return ((name, p) for name, p in model.named_parameters() if p.ndim == 4)
+
+
+def parameter_reason(parameter: Tensor) -> Reason | None:
+    """None where the parameter's memory format can be changed."""
+    return None if type(parameter) is nn.Parameter and type(parameter.data) is Tensor else _PARAMETER
+
+
+def _candidate(
+    name: str,
+    module: nn.Module,
+    kind: str,
+    uses: str,
+    plain: type[nn.Module],
+    ours: type[nn.Module],
+    reason: Reason | None,
+) -> Candidate:
+    if plain_class(module) is not plain:
+        reason = _DERIVED
+    elif type(module) is plain and "forward" in module.__dict__ and not _keeps_ours(module):
+        reason = _OVERRIDDEN
+    return Candidate(name, module, kind, uses, ours, reason)
+
+
+def _keeps_ours(module: nn.Module) -> bool:
+    """Whether what overrides forward on the instance goes on to the class's own, which `become` then exchanges."""
+    from .classes import bound_forwards
+
+    return bool(bound_forwards(module, type(module)))
+
+
+def _norms_with_silu(model: Any) -> dict[nn.Module, type[nn.Module]]:
+    """The norms whose SiLU is called with them, and such SiLUs as are modules of their own, with what they become."""
+    found: dict[nn.Module, type[nn.Module]] = {}
+    for module in model.modules():
+        norm, silu = getattr(module, "conv_norm_out", None), getattr(module, "conv_act", None)
+        if isinstance(norm, nn.GroupNorm) and isinstance(silu, nn.SiLU):
+            if plain_class(norm) is nn.GroupNorm and plain_class(silu) is nn.SiLU:
+                found |= {norm: GroupNormSiLU, silu: SiLU}
+        elif isinstance(module, resnet.ResnetBlock2D) and resnet_reason(module) is None:
+            found |= {module.norm1: GroupNorm, module.norm2: GroupNorm}
+    return found
+
+
+def _sum(module: Any) -> str:
+    if follower_of(module) is not None:
+        return _JOINED
+    return "functional.combine" if getattr(module, "output_scale_factor", 1) != 1 else "one addition"
