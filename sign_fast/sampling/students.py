@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ T_INIT = 625
 """The same level on the 1000-step "scaled_linear" schedule of latent models."""
 
 RandnLike = Callable[[Tensor], Tensor]
+LatentPrediction: TypeAlias = Literal["epsilon", "v", "flow"]
+"""What a network of latents predicts: the noise, √ᾱ·n − √(1−ᾱ)·x0, or n − x0."""
+StepNoise: TypeAlias = Literal["fresh", "fixed", "ddim"]
+"""The noise of the steps after the first: drawn afresh, the latents again, or what the last step implies."""
 
 
 @lru_cache(maxsize=1)
@@ -67,42 +71,47 @@ def few_step_plan(num_steps: int = 4, sigma: float = SIGMA_INIT, noise_dtype: to
 @lru_cache(maxsize=128)
 def few_step_latent_plan(
     num_steps: int = 4,
-    prediction: Literal["epsilon", "flow"] = "epsilon",
-    noise: Literal["fresh", "fixed", "ddim"] = "fresh",
+    prediction: LatentPrediction = "epsilon",
+    noise: StepNoise = "fresh",
     dtype: torch.dtype = torch.float32,
+    bars: tuple[float, ...] | None = None,
 ) -> Plan:
     """`few_step_latent` as a plan in the latents' dtype; the levels are the t_i.
 
     With x = a·D + s·n and D = p·x − q·output, the next state is a'·D + s'·n', where "ddim" has n' = (x − a·D)/s: the
-    output itself for "epsilon", x + a·output for "flow".
+    output itself for "epsilon", s·x + a·output for "v", x + a·output for "flow".
 
     Raises:
-        ValueError: num_steps < 1, or an unknown choice.
+        ValueError: num_steps < 1, an unknown choice, or a schedule without 1000 numbers of which those of the grid lie
+            between 0 and 1.
     """
-    if prediction not in ("epsilon", "flow"):
-        raise ValueError(f"prediction must be epsilon or flow, not {prediction!r}")
+    if prediction not in ("epsilon", "v", "flow"):
+        raise ValueError(f"prediction must be epsilon, v or flow, not {prediction!r}")
     if noise not in ("fresh", "fixed", "ddim"):
         raise ValueError(f"noise must be fresh, fixed or ddim, not {noise!r}")
     grid = few_step_grid(num_steps)
-    if prediction == "epsilon":
-        levels = tuple(float(t) for t in grid)
-        signals = [alpha_bars()[t] ** 0.5 for t in grid]
-        spreads = [(1 - alpha_bars()[t]) ** 0.5 for t in grid]
-    else:
+    if prediction == "flow":
         levels = tuple(1 - i / num_steps for i in range(num_steps))
         signals, spreads = [1 - t for t in levels], list(levels)
+    else:
+        bars = alpha_bars() if bars is None else bars
+        if len(bars) != 1000 or not all(0 < bars[t] < 1 for t in grid):
+            raise ValueError("the schedule must have 1000 numbers, those of the grid between 0 and 1")
+        levels = tuple(float(t) for t in grid)
+        signals = [bars[t] ** 0.5 for t in grid]
+        spreads = [(1 - bars[t]) ** 0.5 for t in grid]
 
     x, output = range(2)
     steps: list[Step] = [Combine(x, (), ((0, spreads[0]),))]
     for i, (a, s) in enumerate(zip(signals, spreads, strict=True)):
-        p, q = (1 / a, s / a) if prediction == "epsilon" else (1.0, s)
+        p, q = (1 / a, s / a) if prediction == "epsilon" else (a if prediction == "v" else 1.0, s)
         steps.append(Call(output, x, i))
         if i == num_steps - 1:
             steps.append(Combine(x, terms((x, p), (output, -q))))
             break
         signal, spread = signals[i + 1], spreads[i + 1]
         if noise == "ddim":
-            of_x, of_output = (0.0, 1.0) if prediction == "epsilon" else (1.0, a)
+            of_x, of_output = {"epsilon": (0.0, 1.0), "v": (s, a), "flow": (1.0, a)}[prediction]
             mixed = terms((x, signal * p + spread * of_x), (output, -signal * q + spread * of_output))
             steps.append(Combine(x, mixed))
         else:
@@ -203,31 +212,34 @@ def few_step_latent(
     latents: Tensor,
     randn_like: RandnLike = torch.randn_like,
     num_steps: int = 4,
-    prediction: Literal["epsilon", "flow"] = "epsilon",
-    noise: Literal["fresh", "fixed", "ddim"] = "fresh",
+    prediction: LatentPrediction = "epsilon",
+    noise: StepNoise = "fresh",
+    bars: tuple[float, ...] | None = None,
 ) -> Tensor:
-    """Few-step generation with a noise-predicting or rectified-flow network (few-step SiD, Algorithm 1).
+    """Few-step generation with a noise-predicting, v-predicting or rectified-flow network (few-step SiD, Algorithm 1).
 
     "epsilon": x = √ᾱ·D + √(1−ᾱ)·n, D = (x − √(1−ᾱ)·ε(x, t))/√ᾱ at t_i = trunc(625(1 − i/K)).
+    "v": the same x, D = √ᾱ·x − √(1−ᾱ)·v(x, t).
     "flow": x = (1−t)·D + t·n, D = x − t·v(x, t) at t_i = (1 − i/K)·999/999.
 
     Args:
-        predict: predict(x, t) with t (B,), int64 steps for "epsilon", floats in (0, 1] for "flow".
+        predict: predict(x, t) with t (B,), int64 steps for "epsilon" and "v", floats in (0, 1] for "flow".
         latents: (B, C, H, W) standard normal, the first noise.
         randn_like: draws fresh noise.
         num_steps: K.
         prediction: what `predict` returns.
         noise: of the steps after the first: "fresh", "fixed" (the latents again) or "ddim" (the noise that the last
             step implies).
+        bars: ᾱ_t, t = 0 … 999, None for those of `alpha_bars`; unused by "flow".
 
     Returns:
         (B, C, H, W), the D of the last step.
 
     Raises:
-        ValueError: num_steps < 1, or an unknown choice.
+        ValueError: as `few_step_latent_plan`.
     """
-    plan = few_step_latent_plan(num_steps, prediction, noise, latents.dtype)
-    dtype = torch.int64 if prediction == "epsilon" else latents.dtype
+    plan = few_step_latent_plan(num_steps, prediction, noise, latents.dtype, bars)
+    dtype = latents.dtype if prediction == "flow" else torch.int64
     t = [torch.full([latents.shape[0]], level, dtype=dtype, device=latents.device) for level in plan.levels]
     return run_plan(plan, lambda x, level: predict(x, t[level]), draw_ahead(plan, latents, randn_like))
 

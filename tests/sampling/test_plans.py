@@ -25,6 +25,7 @@ from tests.golden_rules import normal, relative_error
 
 SHAPE = (2, 3, 4, 4)
 TOLERANCE = 1e-12
+LINEAR_BARS = tuple((1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0).tolist())
 
 
 def draws(count: int) -> list[torch.Tensor]:
@@ -172,15 +173,17 @@ def test_one_and_few_steps():
 
 
 @pytest.mark.parametrize("noise", ["fresh", "fixed", "ddim"])
-@pytest.mark.parametrize("prediction", ["epsilon", "flow"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "flow"])
 @pytest.mark.parametrize("num_steps", [1, 2, 4])
-def test_few_steps_of_latent_models(num_steps, prediction, noise):
+@pytest.mark.parametrize("bars", [None, LINEAR_BARS], ids=["published", "linear"])
+def test_few_steps_of_latent_models(num_steps, prediction, noise, bars):
     z = draws(num_steps)
     d, n = torch.zeros(SHAPE, dtype=torch.float64), z[0]
     for i in range(num_steps):
-        if prediction == "epsilon":
+        if prediction != "flow":
             t = 625 * (num_steps - i) // num_steps
-            a, s = alpha_bars()[t] ** 0.5, (1 - alpha_bars()[t]) ** 0.5
+            bar = (bars or alpha_bars())[t]
+            a, s = bar**0.5, (1 - bar) ** 0.5
         else:
             t = 1 - i / num_steps
             a, s = 1 - t, t
@@ -188,12 +191,22 @@ def test_few_steps_of_latent_models(num_steps, prediction, noise):
             n = z[i]
         x = a * d + s * n
         output = denoised(x, t)
-        d = (x - s * output) / a if prediction == "epsilon" else x - s * output
+        d = {"epsilon": (x - s * output) / a if a else x, "v": a * x - s * output, "flow": x - s * output}[prediction]
         if noise == "ddim":
             n = (x - a * d) / s
-    plan = few_step_latent_plan(num_steps, prediction, noise, torch.float64)
+    plan = few_step_latent_plan(num_steps, prediction, noise, torch.float64, bars)
     assert plan.draws == (num_steps if noise == "fresh" else 1)
     assert relative_error(follow(plan), d) <= TOLERANCE
+
+
+def test_schedules_of_latent_models():
+    assert few_step_latent_plan(2, "v", bars=alpha_bars()).coefficients == few_step_latent_plan(2, "v").coefficients
+    copied = tuple(float(str(bar)) for bar in LINEAR_BARS)
+    assert few_step_latent_plan(2, "v", bars=LINEAR_BARS) is few_step_latent_plan(2, "v", bars=copied)
+    for bad in (alpha_bars()[:-1], (0.0,) * 1000, (math.nan,) * 1000):
+        with pytest.raises(ValueError, match="schedule must have 1000 numbers"):
+            few_step_latent_plan(2, "epsilon", bars=bad)
+    few_step_latent_plan(2, "flow", bars=())  # has a schedule of its own
 
 
 def test_time_free_students():
