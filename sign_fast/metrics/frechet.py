@@ -41,14 +41,41 @@ class FeatureStatistics:
             raise ValueError(f"features must be (N, {self.dim}), not {features.shape}")
         if len(features) == 0:
             return
-        x = features.astype(np.float64)
-        mean = x.mean(0)
-        centred = x - mean
+        rows = np.empty((len(features) + 1, self.dim))
+        centred, last = rows[:-1], rows[-1]
+        centred[:] = features
+        mean = centred.mean(0)
+        centred -= mean
+        # the step between the means is one more row, so that all is one symmetric product added in place
+        last[:] = self._move_mean(mean, len(features))
+        self.scatter += rows.T @ rows
+
+    def merge(self, count: int, mean: Float64, scatter: Float64) -> None:
+        """Add what another one has seen.
+
+        Args:
+            count: its number of features.
+            mean: (dim,).
+            scatter: (dim, dim), sum of the outer products around its mean.
+
+        Raises:
+            ValueError: of another width.
+        """
+        if mean.shape != (self.dim,) or scatter.shape != (self.dim, self.dim):
+            raise ValueError(f"moments must be of {self.dim} features, not {mean.shape} and {scatter.shape}")
+        if count:
+            step = self._move_mean(mean, count)
+            self.scatter += scatter
+            self.scatter += np.outer(step, step)
+
+    def _move_mean(self, mean: Float64, count: int) -> Float64:
+        """Take `count` features of this mean into mean and count; the vector whose outer product the scatter gains."""
         gap = mean - self.mean
-        total = self.count + len(x)
-        self.scatter = self.scatter + centred.T @ centred + np.outer(gap, gap) * (self.count * len(x) / total)
-        self.mean = self.mean + gap * (len(x) / total)
+        total = self.count + count
+        step: Float64 = gap * np.sqrt(self.count * count / total)
+        self.mean = self.mean + gap * (count / total)
         self.count = total
+        return step
 
     @property
     def covariance(self) -> Float64:
@@ -63,20 +90,35 @@ class FeatureStatistics:
 
 
 def frechet_distance(mu1: Float64, sigma1: Float64, mu2: Float64, sigma2: Float64) -> float:
-    """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½), the root by eigen-decomposition of the symmetric √Σ₁ Σ₂ √Σ₁.
+    """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½), the root by eigen-decomposition of the symmetric Lᵀ Σ₂ L, Σ₁ = L Lᵀ.
+
+    Eigenvalues below the rounding of the largest are left out: their square roots would add up to an error that grows
+    with the dimension where there are fewer images than features.
 
     Args:
         mu1, mu2: (D,).
         sigma1, sigma2: (D, D), symmetric and positive semi-definite.
 
     Raises:
-        SignFastError: a value is not finite.
+        SignFastError: shapes that do not fit each other, or a value that is not finite.
     """
+    if mu1.ndim != 1 or mu1.shape != mu2.shape or sigma1.shape != sigma2.shape or sigma1.shape != 2 * mu1.shape:
+        raise SignFastError(
+            f"means {mu1.shape} and {mu2.shape} and covariances {sigma1.shape} and {sigma2.shape} must be (D,) and "
+            "(D, D) of the same features"
+        )
     if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
         raise SignFastError("the features are not finite: the images or the network hold NaN or infinity")
-    values, vectors = np.linalg.eigh(sigma1)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    product = root @ sigma2 @ root
-    cross = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(min=0)).sum()
+    values, vectors = np.linalg.eigh(np.asarray(sigma1, np.float64))
+    kept = values > _rounding(values)
+    root = vectors[:, kept] * np.sqrt(values[kept])
+    product = root.T @ sigma2 @ root
+    cross = np.linalg.eigvalsh((product + product.T) / 2)
+    cross = np.sqrt(cross[cross > _rounding(cross)]).sum()
     gap = mu1 - mu2
     return float(gap @ gap + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
+
+
+def _rounding(eigenvalues: Float64) -> float:
+    """What an eigen-decomposition leaves of eigenvalues that are 0: D·ε times the largest."""
+    return float(len(eigenvalues) * np.finfo(np.float64).eps * np.abs(eigenvalues).max(initial=0))
