@@ -141,7 +141,8 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
 def replace_folder(target: Path, fill: Callable[[Path], object]) -> None:
     """Fill a temporary folder beside `target` with files and put it in its place, on the disk when this returns.
 
-    On any error `target` is as it was.
+    On any error `target` is as it was. Folders in it are as well; a file that is a second link to another stays as that
+    one is.
     """
     make_folder(target.parent)
     _put_back(target.with_name(f".{target.name}.old"))
@@ -151,9 +152,13 @@ def replace_folder(target: Path, fill: Callable[[Path], object]) -> None:
     try:
         fill(temporary)
         with explain_os_errors(target):
-            for file in temporary.iterdir():
-                _sync_file(file)
-                _ordinary_mode(file)
+            for path in temporary.rglob("*"):
+                if path.is_dir():
+                    _ordinary_mode(path)
+                    _sync_folder(path)
+                elif path.stat().st_nlink == 1:
+                    _sync_file(path)
+                    _ordinary_mode(path)
             _sync_folder(temporary)
             if target.exists():
                 target.replace(old)

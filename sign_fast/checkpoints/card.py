@@ -19,16 +19,18 @@ _DIGITS = {
 NO_DATA, SAMPLES = "none", "samples of the teacher"  # `data` of students that were trained without any
 
 
-def model_card(name: str, config: dict[str, Any], curves: str | None = None) -> str:
-    """Markdown from config.json's class, arguments, `trained` and `quality` entries.
+def model_card(name: str, config: dict[str, Any], curves: str | None = None, *, hub: bool = False) -> str:
+    """Markdown from config.json's class, arguments, `source`, `trained` and `quality` entries.
 
     Args:
         name: title.
         config: of the folder.
         curves: file name of a picture of the training beside the card.
+        hub: begin with what the Hub reads (library, task, tags; the licence is for whoever publishes to add).
     """
     trained, quality = config.get("trained", {}), config.get("quality", {})
     lines = [
+        *(_front_matter(config) if hub else ()),
         f"# {name}",
         "",
         f"A {config.get('role', 'network')} of `sign_fast` ({config['cls']}), float32 weights in `model.safetensors`.",
@@ -38,6 +40,12 @@ def model_card(name: str, config: dict[str, Any], curves: str | None = None) -> 
         "```",
         "",
     ]
+    if source := config.get("source"):
+        lines += ["## Source", ""]
+        lines += [f"- {key}: {_text(value)}" for key, value in source.items()]
+        lines += ["", "The weights' licence is that of their source.", ""]
+    if hub:
+        lines += ["## Use", "", *_use(config), ""]
     if trained:
         lines += ["## How it was made", ""]
         lines += [f"- {key}: {_text(value)}" for key, value in trained.items()] + [""]
@@ -57,6 +65,34 @@ def model_card(name: str, config: dict[str, Any], curves: str | None = None) -> 
             "",
         ]
     return "\n".join(lines)
+
+
+def _front_matter(config: dict[str, Any]) -> list[str]:
+    tags = ["diffusion", "image-generation", "sign_fast"]
+    if config.get("role") == "student":
+        tags += ["distillation", "few-step"]
+    return [
+        "---",
+        "library_name: sign_fast",
+        "pipeline_tag: unconditional-image-generation",
+        "tags:",
+        *(f"- {tag}" for tag in tags),
+        "---",
+        "",
+    ]
+
+
+def _use(config: dict[str, Any]) -> list[str]:
+    role = "" if config.get("role") else ', role="teacher"'  # from_pretrained takes what says no role for a student
+    made = "ImageGenerator.from_pretrained(path)" if not role else f"ImageGenerator(models.load(path){role})"
+    return [
+        "```python",
+        "from sign_fast import ImageGenerator" + (", models" if role else ""),
+        "",
+        'path = "…"  # this folder, or its name on the Hub',
+        f"images = {made}(range(16))  # uint8 (16, H, W, C)",
+        "```",
+    ]
 
 
 def _digits_seen(trained: dict[str, Any]) -> str | None:
@@ -83,4 +119,5 @@ def record(folder: str | Path, **facts: Any) -> None:
     config = {**read_config(path), **facts}
     write_text(path / CONFIG, json.dumps(config, indent=1, ensure_ascii=False) + "\n")
     curves = CURVES if (path / CURVES).exists() else None
-    write_text(path / "README.md", model_card(path.name, config, curves))
+    hub = (path / "README.md").exists() and (path / "README.md").read_text(encoding="utf-8").startswith("---\n")
+    write_text(path / "README.md", model_card(path.name, config, curves, hub=hub))

@@ -21,6 +21,7 @@ from .atomic import replace_folder, write_text
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+NETWORK_FILES = (CONFIG, WEIGHTS, "README.md", "curves.png")
 _FORMAT = "sign_fast network 1"
 
 
@@ -59,6 +60,10 @@ def find(path_or_name: str | os.PathLike[str]) -> Path:
         raise SignFastError(
             f"{text!r} is a preset without weights: name a trained network's folder or a bundled name ({known})"
         )
+    from . import hub
+
+    if hub.is_repository(text):
+        return hub.fetch(text)
     raise SignFastError(f"no network {text!r}: name a folder with {CONFIG} and {WEIGHTS}, or a bundled name ({known})")
 
 
@@ -151,8 +156,9 @@ def load_network(path_or_name: str | os.PathLike[str], device: str | torch.devic
     """See `sign_fast.models.load`."""
     place = find(path_or_name)
     target = resolve_device(device)
-    _, net, state = read_network(place)
+    config, net, state = read_network(place)
     net.load_state_dict(state, assign=True)
+    net.facts = {name: config[name] for name in ("role", "sampling") if name in config}
     net = net.eval().requires_grad_(False)
     return net.to(target, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
@@ -198,6 +204,22 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise SignFastError(f"device {chosen} is not here ({torch.cuda.device_count()} CUDA devices): say cpu")
     return chosen
+
+
+def check_replaceable(folder: Path) -> None:
+    """Whether a network may be written there.
+
+    Raises:
+        SignFastError: the folder holds other files than a network's, which would be lost, or is a file.
+    """
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if not folder.is_dir():
+        raise SignFastError(f"{folder} is a file: name a folder to write to")
+    held = sorted(entry.name for entry in folder.iterdir())
+    others = [name for name in held if name not in NETWORK_FILES]
+    if held and (others or CONFIG not in held):
+        raise SignFastError(f"{folder} holds {_names(others or held)}: name an empty folder, a new one or a network's")
 
 
 def save_network(

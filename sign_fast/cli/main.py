@@ -15,6 +15,7 @@ from ..errors import SharedError, SignFastError, first_line
 
 _COMMANDS = {
     "build-cubins": "build_cubins.build_cubins",
+    "convert": "convert.convert",
     "distill": "distill.distill",
     "edit": "edit.edit",
     "evaluate": "evaluate.evaluate",

@@ -10,12 +10,9 @@ import torch
 
 from ..checkpoints.store import find, load_network, read_config
 from ..errors import SignFastError
-from ..models.idempotent import IdempotentPrecond
+from ..models.idempotent import IdempotentPrecond, student_kwargs
 from ..models.precond import Precond
 from ..models.presets import CLASSES
-
-# arguments of the preconditioners that the time-free student has no use for
-_PRECONDITIONING = {"beta_d", "beta_min", "M", "epsilon_t", "C_1", "C_2", "sigma_min", "sigma_max", "sigma_data"}
 
 
 @dataclass
@@ -77,25 +74,13 @@ def build_networks(
     fake = _copy(teacher, cls, trained)
     if time_free:
         start = IdempotentPrecond.from_teacher(teacher, student_sigma)
-        cls, trained = "IdempotentPrecond", _time_free_kwargs(teacher, start, trained)
+        cls, trained = "IdempotentPrecond", student_kwargs(teacher, start, trained)
         student = _copy(start, cls, trained)
     else:
         student = _copy(teacher, cls, trained)
     ema = copy.deepcopy(student).eval().requires_grad_(False)
     frozen = copy.deepcopy(ema) if time_free else None
     return Networks(teacher, fake, student, ema, cls, trained, frozen)
-
-
-def _time_free_kwargs(teacher: Precond, start: IdempotentPrecond, kwargs: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in kwargs.items() if name not in _PRECONDITIONING}
-    conv = list(teacher.model.dec.values())[-1] if hasattr(teacher.model, "dec") else None
-    outputs = getattr(getattr(teacher.model, "out_conv", conv), "out_channels", teacher.img_channels)
-    own = {
-        "model_type": type(teacher.model).__name__,
-        "sigma": start.sigma,
-        "teacher_coefficients": list(start.teacher_coefficients),
-    }
-    return {**kept, **own} if outputs == teacher.img_channels else {**kept, **own, "out_channels": outputs}
 
 
 def _copy(net: Precond, cls: str, kwargs: dict[str, Any]) -> Precond:

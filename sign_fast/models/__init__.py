@@ -15,17 +15,19 @@ from .unets import DhariwalUNet, SongUNet
 
 
 def load(path_or_name: str | os.PathLike[str], device: str | torch.device | None = None) -> Precond:
-    """A trained network in eval mode, by folder or bundled name.
+    """A trained network in eval mode, by folder, file or name.
 
     Args:
-        path_or_name: a folder with config.json and model.safetensors, or a bundled name such as "digits-uncond".
+        path_or_name: a folder with config.json and model.safetensors; a published snapshot of EDM, SiD or SiDA (.pkl,
+            its "ema" network; nothing that it carries is run); a bundled name such as "digits-uncond"; or, with
+            huggingface_hub installed, a repository of the Hub such as "user/name".
         device: where to put it; None means CUDA where there is one, else the CPU.
 
     Returns:
         The network, eval mode, parameters frozen, convolution weights in channels_last.
 
     Raises:
-        SignFastError: no such folder or name, or its content does not fit; one line saying what and how to mend it.
+        SignFastError: no such folder, file or name, or its content does not fit: one line, what and how to mend it.
     """
     from ..checkpoints.store import load_network
 

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from .precond import Precond, edm_coefficients
 
+# arguments of the preconditioners that the time-free student has no use for
+_PRECONDITIONING = {"beta_d", "beta_min", "M", "epsilon_t", "C_1", "C_2", "sigma_min", "sigma_max", "sigma_data"}
+
 
 class IdempotentPrecond(Precond):
     """f(u) = a·u + b·R(u) in flow coordinates u = (1−t)·x + t·ε: R is a teacher's network, its noise level frozen.
@@ -79,6 +82,7 @@ class IdempotentPrecond(Precond):
         c_skip, c_out, c_in, c_noise = (float(c) for c in teacher.coefficients(level))
         student.teacher_coefficients = (c_skip, c_out, c_in, c_noise)
         student.model = copy.deepcopy(teacher.model)
+        student._init = ((), student_kwargs(teacher, student, teacher.init_kwargs()))
         return student.train(teacher.training)
 
     def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -105,3 +109,16 @@ class IdempotentPrecond(Precond):
             ValueError: class_labels do not fit label_dim, or the dtype is unknown.
         """
         return super().forward(u, self.sigma, class_labels, dtype=dtype, **model_kwargs)
+
+
+def student_kwargs(teacher: Precond, student: IdempotentPrecond, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What builds the student that `from_teacher` made of a teacher with those arguments."""
+    kept = {name: value for name, value in kwargs.items() if name not in _PRECONDITIONING}
+    conv = list(teacher.model.dec.values())[-1] if hasattr(teacher.model, "dec") else None
+    outputs = getattr(getattr(teacher.model, "out_conv", conv), "out_channels", teacher.img_channels)
+    own = {
+        "model_type": type(teacher.model).__name__,
+        "sigma": student.sigma,
+        "teacher_coefficients": list(student.teacher_coefficients),
+    }
+    return {**kept, **own} if outputs == teacher.img_channels else {**kept, **own, "out_channels": outputs}

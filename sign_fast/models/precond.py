@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from .pretrained import Pretrained
 from .unet_block import UNetBlock
 from .unets import DhariwalUNet, EncoderOutput, SongUNet
 
@@ -16,7 +17,7 @@ _NETWORKS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 INNER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class Precond(nn.Module):
+class Precond(Pretrained, nn.Module):
     """What the four preconditioners share; a subclass gives the coefficients.
 
     Args:

@@ -80,7 +80,7 @@ class ImageGenerator:
         dtype: torch.dtype | None = None,
         noise: Noise = "torch",
     ) -> ImageGenerator:
-        """A generator with the network of a folder or a bundled name.
+        """A generator with the network of a folder, a published snapshot, a bundled name or a repository of the Hub.
 
         Args:
             path_or_name, device: as in `sign_fast.models.load`.
@@ -93,9 +93,15 @@ class ImageGenerator:
         from ..models import load
 
         check_choices(dtype, noise)
-        config = read_config(find(path_or_name))
+        place = find(path_or_name)
+        config = read_config(place)
+        if place.is_file() and "role" not in config:
+            raise SignFastError(
+                f"{place} does not tell whether it is a teacher or a student: sign-fast convert it with --role, or say "
+                "ImageGenerator(models.load(path), role)"
+            )
         role, sampling = config.get("role", "student"), config.get("sampling", {})
-        return cls(load(path_or_name, device), role, **sampling, dtype=dtype, noise=noise, consume=True)
+        return cls(load(place, device), role, **sampling, dtype=dtype, noise=noise, consume=True)
 
     @property
     def net(self) -> Any:

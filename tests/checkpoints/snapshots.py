@@ -15,14 +15,13 @@ import torch
 from torch import nn
 
 from sign_fast.models import EDMPrecond
+from sign_fast.models.presets import CLASSES
 from sign_fast.nn import Conv2d
 
 SENTINEL = "module_src was run"
 SOURCE = f"import builtins\nbuiltins.{SENTINEL.replace(' ', '_')} = True\nraise SystemExit('{SENTINEL}')\n"
-PARTS = (
-    "EDMPrecond VPPrecond VEPrecond iDDPMPrecond SongUNet DhariwalUNet UNetBlock Conv2d Linear GroupNorm "
-    "PositionalEmbedding FourierEmbedding"
-).split()
+_PARTS = {*CLASSES, "SongUNet", "DhariwalUNet", "UNetBlock", "Conv2d", "Linear", "GroupNorm"}
+_PARTS |= {"PositionalEmbedding", "FourierEmbedding"}
 
 
 def _module(name: str) -> types.ModuleType:
@@ -100,7 +99,7 @@ def _state(net: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _child(child: nn.Module | None) -> Any:
-    if child is None or type(child).__name__ not in PARTS:
+    if child is None or type(child).__name__ not in _PARTS:
         if isinstance(child, nn.ModuleDict):
             copy = nn.ModuleDict()
             copy.__dict__["_modules"] = {name: _child(part) for name, part in child.items()}

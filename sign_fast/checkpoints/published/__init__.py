@@ -1,5 +1,5 @@
 """Published EDM, SiD and SiDA snapshots: pickles, read without running anything that they carry."""
 
-from .snapshot import SUFFIXES, PublishedNetwork, read_snapshot
+from .snapshot import DEFAULT_KEY, SUFFIXES, PublishedNetwork, read_snapshot
 
-__all__ = ["SUFFIXES", "PublishedNetwork", "read_snapshot"]
+__all__ = ["DEFAULT_KEY", "SUFFIXES", "PublishedNetwork", "read_snapshot"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import mmap
 import os
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ...errors import SignFastError, first_line
 from ...models.precond import EDMPrecond, Precond, VEPrecond, VPPrecond, iDDPMPrecond
+from ...models.pretrained import constructor_parameters
 from ...models.unets import DhariwalUNet, SongUNet
 from . import archives
 from .machine import Budget, Machine
@@ -230,7 +230,7 @@ def _arguments(record: Record) -> dict[str, Any]:
             f"holds a {record.class_name} without its constructor's arguments (_init_args, _init_kwargs): it is of "
             "another format than EDM's and SiD's snapshots"
         )
-    own = inspect.signature(cls).parameters
+    own = constructor_parameters(cls)
     names = [name for name, p in own.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     if len(args) > len(names) or any(name in given for name in names[: len(args)]):
         raise RefusedError(f"gives {record.class_name} more arguments than it takes")
@@ -238,7 +238,7 @@ def _arguments(record: Record) -> dict[str, Any]:
     unet = merged.get("model_type", own["model_type"].default)
     if unet not in _UNETS:
         raise RefusedError(f"has a {record.class_name} around {say(unet)}: only {', '.join(_UNETS)} are known")
-    known = {*names, *inspect.signature(_UNETS[unet]).parameters} - {"in_channels", "out_channels"}
+    known = {*names, *constructor_parameters(_UNETS[unet])} - {"in_channels", "out_channels"}
     for name in merged:
         if name not in known:
             raise RefusedError(
