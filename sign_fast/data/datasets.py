@@ -7,6 +7,7 @@ import json
 import os
 import threading
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -16,6 +17,17 @@ from PIL import Image, UnidentifiedImageError
 
 from ..errors import SignFastError, first_line
 
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    SyntaxError,
+    RuntimeError,  # zipfile's for encrypted files, and for compressions that it does not know
+    zipfile.BadZipFile,
+    zlib.error,
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+)
 _ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 UInt8 = npt.NDArray[np.uint8]
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
@@ -140,7 +152,7 @@ class ImageFolderDataset:
             with Image.open(io.BytesIO(self._bytes(name))) as picture:
                 picture.load()
                 pixels = np.asarray(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
-        except (OSError, ValueError, SyntaxError, UnidentifiedImageError, zipfile.BadZipFile) as error:
+        except _UNREADABLE as error:
             raise SignFastError(
                 f"{self.path}: {name} is not a readable image ({first_line(error)}): mend or remove it"
             ) from error

@@ -10,6 +10,7 @@ import scipy.linalg
 import torch
 
 from sign_fast.data import open_dataset
+from sign_fast.errors import SignFastError
 from sign_fast.metrics import digits_classifier
 from sign_fast.metrics.frechet import FeatureStatistics, frechet_distance
 from sign_fast.sampling import ImageGenerator
@@ -25,6 +26,67 @@ def test_agrees_with_scipy():
     (m1, s1), (m2, s2) = gaussian(0), gaussian(1)
     want = ((m1 - m2) ** 2).sum() + np.trace(s1 + s2 - 2 * scipy.linalg.sqrtm(s1 @ s2).real)
     assert frechet_distance(m1, s1, m2, s2) == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [4, 15, 21, 48])
+def test_fewer_and_more_images_than_features(count):
+    x, y = (np.random.default_rng(seed).standard_normal((count, 16)) * np.geomspace(1, 30, 16) for seed in (0, 1))
+    (m1, a), (m2, b) = ((rows.mean(0), (rows - rows.mean(0)).T / np.sqrt(count - 1)) for rows in (x, y))
+    s1, s2 = a @ a.T, b @ b.T
+    got = frechet_distance(m1, s1, m2, s2)
+    rest = ((m1 - m2) ** 2).sum() + np.trace(s1 + s2)
+    # tr (AAᵀBBᵀ)^½ is the nuclear norm of AᵀB, which needs no root of what rounding leaves of zeros
+    assert got == pytest.approx(rest - 2 * np.linalg.svd(a.T @ b, compute_uv=False).sum(), rel=1e-10)
+    assert got == pytest.approx(rest - 2 * np.trace(scipy.linalg.sqrtm(s1 @ s2).real), rel=1e-6)
+    assert frechet_distance(m2, s2, m1, s1) == pytest.approx(got, rel=1e-10)
+
+
+def test_inceptions_width():
+    dim, rank = 2048, 300
+    rng = np.random.default_rng(0)
+    d1, d2 = rng.uniform(0.5, 2, dim), np.zeros(dim)
+    d2[:rank] = rng.uniform(0.5, 2, rank)
+    v = rng.standard_normal(dim)
+    v /= np.linalg.norm(v)
+
+    def turned(d):
+        """H diag(d) H with the reflection H = 1 − 2vvᵀ; two of these commute."""
+        dv = d * v
+        return np.diag(d) - 2 * np.outer(v, dv) - 2 * np.outer(dv, v) + 4 * (v @ dv) * np.outer(v, v)
+
+    want = ((np.sqrt(d1) - np.sqrt(d2)) ** 2).sum() + dim
+    zero = np.zeros(dim)
+    assert frechet_distance(zero, turned(d2), zero + 1, turned(d1)) == pytest.approx(want, rel=1e-9)
+
+
+def test_merged_statistics_are_those_of_all():
+    x = np.random.default_rng(0).standard_normal((101, 8)) + 1000
+    whole, merged = FeatureStatistics(8), FeatureStatistics(8)
+    whole.append(x)
+    for rows in (x[:40], x[40:40], x[40:]):
+        part = FeatureStatistics(8)
+        part.append(rows)
+        merged.merge(part.count, part.mean, part.scatter)
+    assert merged.count == 101 and np.allclose(merged.mean, whole.mean, rtol=1e-14)
+    assert np.allclose(merged.covariance, np.cov(x.T), rtol=1e-9)
+    with pytest.raises(ValueError, match="must be of 8 features"):
+        merged.merge(2, np.zeros(7), np.zeros((7, 7)))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda m, s: (m[:3], s), "of the same features"),
+        (lambda m, s: (m, s[:3]), "of the same features"),
+        (lambda m, s: (m * np.nan, s), "not finite"),
+        (lambda m, s: (m, s + np.inf), "not finite"),
+    ],
+    ids=["mean", "covariance", "nan", "inf"],
+)
+def test_what_does_not_fit(change, message):
+    m, s = gaussian(0)
+    with pytest.raises(SignFastError, match=message):
+        frechet_distance(m, s, *change(m, s))
 
 
 def test_known_cases():
