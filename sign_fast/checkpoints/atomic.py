@@ -139,7 +139,7 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def replace_folder(target: Path, fill: Callable[[Path], object]) -> None:
-    """Fill a temporary folder beside `target` with files and put it in its place, on the disk when this returns.
+    """Fill a temporary folder beside `target` and put it in its place, on the disk when this returns.
 
     On any error `target` is as it was. Folders in it are as well; a file that is a second link to another stays as that
     one is.

@@ -13,7 +13,7 @@ from ..errors import SignFastError
 from .processes import Process, accumulation, device_for, process_group, this_process
 
 if TYPE_CHECKING:
-    from ..distill.settings import DistillSettings
+    from ..distill.run_settings import RunSettings
 
 _MILLIONS = {
     "duration": "kimg",
@@ -28,16 +28,47 @@ _ONLY = {  # what not every method reads
     "sid": _SID,
     "sida": (*_SID, "data", "xflip", "adversarial_weight", "adversarial_kimg", "student_kimg"),
     "sign": ("data", "xflip", "held_out", "rec", "idem", "flow", "dmd", "den", "matching", "idem_ramp_kimg"),
+    "sid-latent": (
+        *("steps", "data", "adversarial_weight", "adversarial_kimg", "student_kimg", "prompts", "prompt_column"),
+        *("guidance", "guidance_scale", "noise_type", "flow_weight", "resolution", "fake_lora", "samples", "cache"),
+    ),
 }
+_OF_DENOISERS = ("update", "dropout", "reg", "pairs", "capture", "quality_images")  # what sid-latent does not read
 _OF_THE_FAKE_SCORE = ("den", "fake_updates", "fake_lr", "fake_betas", "fake_scale")
 
 
 @click.command()
 @click.option("--outdir", required=True, type=click.Path(path_type=Path), help="Of the run; an unfinished one goes on.")
 @click.option("--recipe", help="Settings by name, e.g. digits-sid; other options go over them.")
-@click.option("--method", type=click.Choice(["sid", "sida", "sign"]), help="SiD, SiDA (real images too) or SIGN.")
-@click.option("--teacher", help="Folder or bundled name of the denoiser.")
-@click.option("--data", help="'digits:train', or a folder or zip of images; sign without takes the teacher's samples.")
+@click.option(
+    "--method",
+    type=click.Choice(["sid", "sida", "sign", "sid-latent"]),
+    help="SiD, SiDA (real images too), SIGN, or SiD of a text-to-image pipeline.",
+)
+@click.option("--teacher", help="Folder or bundled name of the denoiser; folder of a diffusers pipeline.")
+@click.option(
+    "--data",
+    help="'digits:train', or a folder or zip of images; sign without takes the teacher's samples; sid-latent: a folder "
+    "of images with captions, for an adversarial loss.",
+)
+@click.option("--prompts", help="Of sid-latent: file of prompts, one a line, or .parquet.")
+@click.option("--prompt-column", help="Of the .parquet.  [default: prompt, text or caption]")
+@click.option(
+    "--guidance",
+    type=click.Choice(["none", "lsg", "lsg-4.5", "zero-cfg", "anti-cfg"]),
+    help="κ1 … κ4 by name.  [default: none]",
+)
+@click.option("--guidance-scale", type=float, help="κ1 to κ3 of anti-cfg, negative.")
+@click.option("--noise-type", type=click.Choice(["fresh", "fixed", "ddim"]), help="Of the student's calls after one.")
+@click.option(
+    "--flow-weight",
+    type=click.Choice(["1/omega", "1-t", "(1-t)/t", "((1-t)/t)^2"]),
+    help="Of a flow's student loss.  [default: 1-t]",
+)
+@click.option("--resolution", type=int, help="Of the images in pixels.  [default: the teacher's]")
+@click.option("--fake-lora", type=int, help="Rank of adapters on the teacher in place of a fake score of its own.")
+@click.option("--samples", type=int, help="Images of a check of sid-latent.  [default: 16]")
+@click.option("--cache", help="Folder of embeddings and latents, for several runs.  [default: cache/ of the run's]")
 @click.option("--steps", type=int, help="K of few-step SiD.  [default: 1]")
 @click.option("--update", type=click.Choice(["alternating", "combined"]), help="As published, or both losses at once.")
 @click.option("--duration", type=float, help="Length in millions of images.")
@@ -103,15 +134,17 @@ def distill(
     \b
     sign-fast distill --recipe digits-sid --outdir runs/digits-sid
     sign-fast distill --method sign --teacher digits-uncond --outdir runs/sign --batch 128 --lr 1e-3 --duration 0.2
+    sign-fast distill --method sid-latent --teacher PIPELINE --prompts FILE --guidance lsg --outdir runs/text
     torchrun --nproc-per-node 8 -m sign_fast.cli distill --recipe cifar10-uncond --teacher DIR --outdir runs/cifar
     """
     from ..checkpoints.store import resolve_device
-    from ..distill.recipes import settings_from
+    from ..distill.recipes import method_of, settings_from
 
     process = this_process()
     given = {_MILLIONS.get(name, name): value for name, value in options.items() if value is not None}
     given |= {field: options[name] * 1000 for name, field in _MILLIONS.items() if options[name] is not None}
     given |= {name: (beta, 0.999) for name, beta in (("betas", beta1), ("fake_betas", fake_beta1)) if beta is not None}
+    _check_method(method_of(recipe, given.get("method")), given)
     settings = settings_from(recipe, **given)
     _check_options(settings, given)
     if batch_gpu is not None:
@@ -122,12 +155,28 @@ def distill(
         _run(settings, outdir, chosen, process, dry_run)
 
 
-def _check_options(settings: DistillSettings, given: dict[str, Any]) -> None:
+def _check_method(method: str, given: dict[str, Any]) -> None:
+    """Refuse what the method does not read."""
+    goes_with = {name: f"--method {other}" for other in reversed(_ONLY) for name in _ONLY[other]}
+    goes_with |= dict.fromkeys(_OF_DENOISERS, "--method sid") if method == "sid-latent" else {}
+    _refuse(
+        given, {name: f"{words}, not with {method}" for name, words in goes_with.items() if name not in _ONLY[method]}
+    )
+
+
+def _check_options(settings: Any, given: dict[str, Any]) -> None:
     """Refuse what was given, beside a recipe or without, and would not be read."""
     s = settings
-    goes_with = {name: f"--method {method}" for method in reversed(_ONLY) for name in _ONLY[method]}
-    unread = {name: words for name, words in goes_with.items() if name not in _ONLY[s.method]}
-    found = {name: f"{words}, not with {s.method}" for name, words in unread.items()}
+    found: dict[str, str] = {}
+    if s.method == "sid-latent":
+        if s.data is None:
+            found |= dict.fromkeys(("adversarial_weight", "adversarial_kimg", "student_kimg"), "--data")
+        if s.guidance != "anti-cfg":
+            found["guidance_scale"] = "--guidance anti-cfg"
+        if s.steps == 1:
+            found["noise_type"] = "--steps above 1"
+        _refuse(given, found)
+        return
     if s.method == "sign":
         if not s.idem:
             found["idem_ramp_kimg"] = "--idem above 0"
@@ -139,6 +188,11 @@ def _check_options(settings: DistillSettings, given: dict[str, Any]) -> None:
             found["xflip"] = "--data"
     if not s.needs_pairs:
         found["pairs"] = "--reg above 0"
+    _refuse(given, found)
+
+
+def _refuse(given: dict[str, Any], found: dict[str, str]) -> None:
+    """One line about the first option given that is found to go with something else."""
     options = {_MILLIONS.get(str(p.name), str(p.name)): p.opts[0] for p in distill.params}
     options |= {"betas": "--beta1", "fake_betas": "--fake-beta1"}
     for name in given:
@@ -146,15 +200,45 @@ def _check_options(settings: DistillSettings, given: dict[str, Any]) -> None:
             raise SignFastError(f"{options[name]} goes with {found[name]}: leave it away")
 
 
-def _run(settings: DistillSettings, outdir: Path, device: Any, process: Process, dry_run: bool) -> None:
+def _distiller(settings: RunSettings, outdir: Path | None, device: Any, process: Process, command: str) -> Any:
+    """The run of the method."""
+    if settings.method != "sid-latent":
+        from ..distill.trainer import Distiller
+
+        return Distiller(settings, outdir, device, command=command)  # type: ignore[arg-type]
+    from ..distill.text_to_image.trainer import TextDistiller
+
+    return TextDistiller(settings, outdir, device, command, _Bars(process))  # type: ignore[arg-type]
+
+
+class _Bars:
+    """Progress of what a run makes before its first iteration, a bar each."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._bar: Any = None
+
+    def __call__(self, what: str, rows: int, of: int) -> None:
+        from tqdm import tqdm
+
+        if self._bar is None:
+            self._bar = tqdm(total=-(-of // self._process.world), desc=what, disable=not self._process.first)
+        self._bar.total = max(self._bar.total, rows)
+        self._bar.update(rows - self._bar.n)
+        if rows >= self._bar.total:
+            self._bar.close()
+            self._bar = None
+
+
+def _run(settings: RunSettings, outdir: Path, device: Any, process: Process, dry_run: bool) -> None:
     from tqdm import tqdm
 
-    from ..distill.settings import plain
-    from ..distill.trainer import Distiller
+    from ..distill.run_settings import plain
     from ..training.loop import Progress
 
     command = "sign-fast " + " ".join(sys.argv[1:])
-    run = Distiller(settings, None if dry_run else outdir, device, command=command)
+    run = _distiller(settings, None if dry_run else outdir, device, process, command)
+    settings = run.settings
     before = len(run.notes)
     _tell(process, run.notes)
     if dry_run:
@@ -181,7 +265,8 @@ def _run(settings: DistillSettings, outdir: Path, device: Any, process: Process,
     _tell(process, run.notes[before:])
     if process.first:
         best = run.guard
-        told = "" if best.best is None else f"; best {best.best:.4g} at {best.best_iteration}: {outdir / 'best'}"
+        kept = best.best is not None and (outdir / "best").exists()
+        told = f"; best {best.best:.4g} at {best.best_iteration}: {outdir / 'best'}" if kept else ""
         click.echo(f"distilled to {settings.iterations} iterations: {outdir / 'network'}{told}")
 
 

@@ -78,8 +78,8 @@ def _number(cell: str) -> float:
 def panels(metrics: Mapping[str, Values], quality: Mapping[str, Values]) -> list[Panel]:
     """What there is to draw, by the names of the columns.
 
-    metrics: "loss…", `SIGN_TERMS`, "grad_norm…". quality: "quality…" ("quality_4" is of 4 steps), "score_gap_SIGMA",
-    `IDEMPOTENCE_COLUMNS`.
+    metrics: "loss…", `SIGN_TERMS`, "grad_norm…". quality: "quality…" ("quality_4" is of 4 steps), "score_gap_SIGMA" or
+    "score_gap_tTIME", "latents…", `IDEMPOTENCE_COLUMNS`.
     """
 
     def lines(table: Mapping[str, Values], names: Mapping[str, str]) -> tuple[Line, ...]:
@@ -90,7 +90,10 @@ def panels(metrics: Mapping[str, Values], quality: Mapping[str, Values]) -> list
         names = [name for name in table if name.startswith(prefix)]
         return {name: name.removeprefix(prefix).strip("_").replace("_", " ") or prefix for name in names}
 
-    gaps = {name: f"σ = {label}" for name, label in starting(quality, "score_gap").items()}
+    gaps = {
+        name: f"t = {label[1:]}" if label.startswith("t") else f"σ = {label}"
+        for name, label in starting(quality, "score_gap").items()
+    }
     qualities = {
         name: f"{label} step{'s' * (label != '1')}" if label.isdecimal() else label
         for name, label in starting(quality, "quality").items()
@@ -105,6 +108,7 @@ def panels(metrics: Mapping[str, Values], quality: Mapping[str, Values]) -> list
             "Idempotence and reconstruction, RMS",
             lines(quality, dict(zip(IDEMPOTENCE_COLUMNS, idempotence, strict=True))),
         ),
+        Panel("Latents of the EMA", lines(quality, starting(quality, "latents"))),
         Panel("Losses", tuple(line for line in losses if line not in signed), smooth=True),
         Panel("Losses that change sign (no measure of quality)", signed, smooth=True),
         Panel("Gradient norms", lines(metrics, starting(metrics, "grad_norm")), smooth=True),

@@ -38,6 +38,7 @@ class DivergenceGuard:
     Args:
         factor: k > 1.
         patience: checks in a row, at least 1.
+        figure: what quality is called in its lines.
 
     Attributes:
         best, best_iteration: the lowest quality so far, None before the first.
@@ -47,13 +48,14 @@ class DivergenceGuard:
         SignFastError: factor or patience out of range.
     """
 
-    def __init__(self, factor: float = 3.0, patience: int = 3) -> None:
+    def __init__(self, factor: float = 3.0, patience: int = 3, figure: str = "quality") -> None:
         if not factor > 1:
             raise SignFastError(f"the divergence factor must be above 1, not {factor}")
         if patience < 1:
             raise SignFastError(f"the divergence patience must be at least 1 check, not {patience}")
         self.factor = factor
         self.patience = patience
+        self.figure = figure
         self.best: float | None = None
         self.best_iteration: int | None = None
         self.is_best = False
@@ -78,7 +80,7 @@ class DivergenceGuard:
         if quality is None:
             return ""
         if not math.isfinite(quality):
-            return f"the quality is {quality} at iteration {iteration}: {self._remedy()}"
+            return f"the {self.figure} is {quality} at iteration {iteration}: {self._remedy()}"
         if self.best is None or quality < self.best:
             self.best, self.best_iteration, self.is_best = quality, iteration, True
         self._worse = self._worse + 1 if quality > self.factor * self.best else 0
@@ -86,7 +88,7 @@ class DivergenceGuard:
             return ""
         checks = "1 check" if self._worse == 1 else f"{self._worse} checks"
         return (
-            f"the run diverges: quality {quality:.4g} at iteration {iteration}, for {checks} worse than "
+            f"the run diverges: {self.figure} {quality:.4g} at iteration {iteration}, for {checks} worse than "
             f"{self.factor:g} × its best: {self._remedy()}"
         )
 

@@ -25,6 +25,8 @@ class Stream(IntEnum):
     STUDENT_LABEL = 7
     FLOW_LEVEL = 8
     FLOW_NOISE = 9
+    FAKE_PROMPT = 10  # whether it is dropped
+    STUDENT_PROMPT = 11
     FAKE_RENOISE = 64  # + i: after call i of a few-step roll-out
     STUDENT_RENOISE = 128
     REPEAT = 256

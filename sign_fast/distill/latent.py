@@ -1,134 +1,38 @@
 """Distillation of latent models, noise-predicting and rectified-flow, with guidance and few steps (SPEC, section 6).
 
-A network is any callable predict(x, t, embeddings) -> (B, C, H, W): x (B, C, H, W) latents, t (B,) of the prediction's
-dtype, embeddings (B, …) of the prompts. Losses are per sample, summed over channels and pixels, and go through ls/B and
-lsg/B: 1 and 1 for `EpsilonPrediction`, 1 and 100 for `FlowPrediction`.
+A network is any callable predict(x, t, text) -> (B, C, H, W): x (B, C, H, W) latents, t (B,) of the prediction's
+dtype, text the prompts' embeddings: `TextConditioning` of B rows, or a tensor (B, …). Losses are per sample, summed
+over channels and pixels, and go through ls/B and lsg/B: 1 and 1 where noise or v is predicted, 1 and 100 of a flow.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .. import functional
-from ..sampling.students import alpha_bars, few_step_grid
+from ..sampling.text import TextConditioning
 from .discriminator import LOGIT_LIMIT, cross_entropy, valid_samples
+from .latent_predictions import (
+    FIRST_STEP,
+    FLOW_WEIGHTS,
+    LAST_STEP,
+    EpsilonPrediction,
+    FlowPrediction,
+    Prediction,
+    VelocityPrediction,
+    flow_weight,
+    prediction_of,
+)
 
-Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
-FIRST_STEP, LAST_STEP = 20, 979
-"""The steps t at which the losses are taken, of 0 … 999."""
+Text = Tensor | TextConditioning
+Predict = Callable[[Tensor, Tensor, Any], Tensor]
 PROMPT_DROPOUT = 0.1
 """Share of prompts replaced by the unconditional one where any κ differs from 1."""
-
-
-class Prediction(Protocol):
-    """What a network predicts: how images are noised, and how they come back from its output."""
-
-    time_dtype: torch.dtype
-    """Of the t that the network takes."""
-
-    def grid(self, num_steps: int) -> Sequence[float]:
-        """t_0 … t_{K−1} of few-step generation."""
-
-    def noised(self, images: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x of the images at t (B,)."""
-
-    def denoised(self, x: Tensor, output: Tensor, t: Tensor) -> Tensor:
-        """D, the clean images that the network's output means."""
-
-    def implied_noise(self, x: Tensor, denoised: Tensor, t: Tensor) -> Tensor:
-        """The n with x = noised(D, n, t)."""
-
-    def target(self, images: Tensor, noise: Tensor) -> Tensor:
-        """What the network's output should be."""
-
-
-class EpsilonPrediction:
-    """ε of a DDPM: x = √ᾱ_t·x0 + √(1−ᾱ_t)·n, D = (x − √(1−ᾱ_t)·ε)/√ᾱ_t, on the "scaled_linear" schedule.
-
-    Args:
-        device: of the latents; the schedule is put there once.
-    """
-
-    time_dtype = torch.int64
-
-    def __init__(self, device: torch.device | str | None = None) -> None:
-        bars = torch.tensor(alpha_bars(), dtype=torch.float32)
-        self.signal = bars.sqrt().to(device)
-        self.spread = (1 - bars).sqrt().to(device)
-
-    def grid(self, num_steps: int) -> Sequence[float]:
-        """t_i = trunc(625(1 − i/K))."""
-        return few_step_grid(num_steps)
-
-    def training_times(self, uniform: Tensor) -> Tensor:
-        """(B,) int64, uniform over 20 … 979, from uniform draws (B,) in [0, 1)."""
-        count = LAST_STEP - FIRST_STEP + 1
-        return (FIRST_STEP + (uniform * count).long()).clamp(max=LAST_STEP)
-
-    def noised(self, images: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return _per_sample(self.signal[t], images) * images + _per_sample(self.spread[t], images) * noise
-
-    def denoised(self, x: Tensor, output: Tensor, t: Tensor) -> Tensor:
-        return (x - _per_sample(self.spread[t], x) * output) / _per_sample(self.signal[t], x)
-
-    def implied_noise(self, x: Tensor, denoised: Tensor, t: Tensor) -> Tensor:
-        return (x - _per_sample(self.signal[t], x) * denoised) / _per_sample(self.spread[t], x)
-
-    def target(self, images: Tensor, noise: Tensor) -> Tensor:
-        return noise
-
-
-class FlowPrediction:
-    """v of a rectified flow: x = (1−t)·x0 + t·n, v = n − x0, D = x − t·v."""
-
-    time_dtype = torch.float32
-
-    def grid(self, num_steps: int) -> Sequence[float]:
-        """t_i = 1 − i/K."""
-        return [1 - i / num_steps for i in range(num_steps)]
-
-    def training_times(self, normal: Tensor) -> Tensor:
-        """(B,) t = sigmoid(ln 2 + 1.6·n) from normal draws (B,): we read N(ln 2, 1.6) as mean and deviation."""
-        return torch.sigmoid(math.log(2) + 1.6 * normal)
-
-    def noised(self, images: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return _per_sample(1 - t, images) * images + _per_sample(t, images) * noise
-
-    def denoised(self, x: Tensor, output: Tensor, t: Tensor) -> Tensor:
-        return x - _per_sample(t, x) * output
-
-    def implied_noise(self, x: Tensor, denoised: Tensor, t: Tensor) -> Tensor:
-        return (x - _per_sample(1 - t, x) * denoised) / _per_sample(t, x)
-
-    def target(self, images: Tensor, noise: Tensor) -> Tensor:
-        return noise - images
-
-
-FLOW_WEIGHTS = ("1/omega", "1-t", "(1-t)/t", "((1-t)/t)^2")
-
-
-def flow_weight(name: str, t: Tensor) -> Tensor | None:
-    """The student loss's weight (B,) at t (B,), one of `FLOW_WEIGHTS`; None for "1/omega", which the loss makes itself.
-
-    "1-t" is the published default.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    if name not in FLOW_WEIGHTS:
-        raise ValueError(f"the weight must be one of {', '.join(FLOW_WEIGHTS)}, not {name!r}")
-    if name == "1/omega":
-        return None
-    if name == "1-t":
-        return 1 - t
-    ratio = (1 - t) / t
-    return ratio if name == "(1-t)/t" else ratio**2
 
 
 @dataclass(frozen=True)
@@ -182,7 +86,7 @@ def guidance(strategy: str, scale: float | None = None) -> Guidance:
 
 
 def guided(
-    predict: Predict, x: Tensor, t: Tensor, embeddings: Tensor, unconditional: Tensor | None, scale: float
+    predict: Predict, x: Tensor, t: Tensor, embeddings: Text, unconditional: Text | None, scale: float
 ) -> Tensor:
     """u + scale·(c − u), classifier-free guidance from one call with 2B rows, the unconditional ones first.
 
@@ -203,24 +107,36 @@ def guided(
         return predict(x, t, embeddings)
     if unconditional is None:
         raise ValueError(f"a guidance scale of {scale} needs the unconditional embedding")
-    unconditional = unconditional.expand_as(embeddings)
+    unconditional = rows_of(unconditional, len(x))
     if scale == 0:
         return predict(x, t, unconditional)
-    both = predict(torch.cat([x, x]), torch.cat([t, t]), torch.cat([unconditional, embeddings]))
+    both = predict(torch.cat([x, x]), torch.cat([t, t]), _cat(unconditional, embeddings))
     u, c = both.chunk(2)
     return u + scale * (c - u)
 
 
-def drop_prompts(embeddings: Tensor, unconditional: Tensor, uniform: Tensor, probability: float) -> Tensor:
+def rows_of(text: Text, rows: int) -> Any:
+    """One prompt's embeddings, (1, …), as B rows; B rows as they are."""
+    return text.expand(rows) if isinstance(text, TextConditioning) else text.expand(rows, *text.shape[1:])
+
+
+def _cat(first: Any, second: Any) -> Any:
+    return torch.cat([first, second]) if isinstance(first, Tensor) else TextConditioning.cat([first, second])
+
+
+def drop_prompts(embeddings: Any, unconditional: Any, uniform: Tensor, probability: float) -> Any:
     """Embeddings (B, …) with the unconditional one, (1, …) or (B, …), where uniform (B,) < probability."""
-    return torch.where(_per_sample(uniform < probability, embeddings), unconditional, embeddings)
+    dropped = uniform < probability
+    if isinstance(embeddings, TextConditioning):
+        return embeddings.where(dropped, unconditional)
+    return torch.where(dropped.reshape(-1, *[1] * (embeddings.ndim - 1)), unconditional, embeddings)
 
 
 def roll_out(
     predict: Predict,
     latents: Tensor,
     noises: Sequence[Tensor],
-    embeddings: Tensor,
+    embeddings: Text,
     prediction: Prediction,
     call: int,
     num_steps: int,
@@ -275,12 +191,12 @@ def fake_score_loss(
     images: Tensor,
     noise: Tensor,
     t: Tensor,
-    embeddings: Tensor,
-    unconditional: Tensor | None,
+    embeddings: Text,
+    unconditional: Text | None,
     prediction: Prediction,
     scales: Guidance,
 ) -> Tensor:
-    """‖output_κ1 − target‖², the target being n for ε and n − x_g for flow: the fake score's loss.
+    """‖output_κ1 − target‖², the target being n for ε, √ᾱ·n − √(1−ᾱ)·x_g for v and n − x_g for flow: the fake score's.
 
     Args:
         fake, embeddings: see the module.
@@ -296,7 +212,7 @@ def fake_score_loss(
     valid, (images,) = valid_samples(images.detach())
     x = prediction.noised(images, noise, t)
     output = guided(fake, x, t, embeddings, unconditional, scales.fake_training)
-    target = prediction.target(images, noise)
+    target = prediction.target(images, noise, t)
     return functional.fake_score_loss(output.to(target.dtype), target, weight=valid)
 
 
@@ -306,8 +222,8 @@ def student_loss(
     images: Tensor,
     noise: Tensor,
     t: Tensor,
-    embeddings: Tensor,
-    unconditional: Tensor | None,
+    embeddings: Text,
+    unconditional: Text | None,
     prediction: Prediction,
     scales: Guidance,
     alpha: float = 1.0,
@@ -372,5 +288,27 @@ def diffusion_gan_student_loss(logits: Tensor) -> Tensor:
     return valid * cross_entropy(logits.clamp(-LOGIT_LIMIT, LOGIT_LIMIT), True)
 
 
-def _per_sample(values: Tensor, like: Tensor) -> Tensor:
-    return values.reshape(-1, *[1] * (like.ndim - 1))
+__all__ = [
+    "FIRST_STEP",
+    "FLOW_WEIGHTS",
+    "LAST_STEP",
+    "PROMPT_DROPOUT",
+    "STRATEGIES",
+    "EpsilonPrediction",
+    "FlowPrediction",
+    "Guidance",
+    "Predict",
+    "Prediction",
+    "VelocityPrediction",
+    "diffusion_gan_discriminator_loss",
+    "diffusion_gan_student_loss",
+    "drop_prompts",
+    "fake_score_loss",
+    "flow_weight",
+    "guidance",
+    "guided",
+    "prediction_of",
+    "roll_out",
+    "rows_of",
+    "student_loss",
+]

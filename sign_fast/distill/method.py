@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..models.precond import Precond
 from .draws import Draws
 from .trained import Trained
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Losses = dict[str, Tensor]
 """Per-sample sums (n,) float32 by name; their total is what is minimised."""
@@ -38,6 +41,25 @@ class Step:
     pairs: tuple[Tensor, Tensor, Tensor | None] | None = None
     closeness: Tensor | None = None
 
+    def part(self, chunk: slice) -> Self:
+        """That of some of the samples."""
+        pairs = self.pairs
+        return dataclasses.replace(
+            self,
+            draws=self.draws.part(chunk),
+            images=_cut(self.images, chunk),
+            labels=_cut(self.labels, chunk),
+            pairs=None if pairs is None else (pairs[0][chunk], pairs[1][chunk], _cut(pairs[2], chunk)),
+        )
+
+    def repeated(self, repeat: int) -> Self:
+        """What the fake score's update number `repeat` of the iteration is given."""
+        return dataclasses.replace(self, draws=self.draws.repeated(repeat))
+
+
+def _cut(t: Tensor | None, chunk: slice) -> Tensor | None:
+    return None if t is None else t[chunk]
+
 
 class Method(Protocol):
     """Losses of one iteration. `fake` and `student` are called as the networks are."""
@@ -61,7 +83,7 @@ class Method(Protocol):
         """
 
 
-def set_mode(net: Precond, training: bool) -> None:
+def set_mode(net: nn.Module, training: bool) -> None:
     """train() or eval(), where it is not so already."""
     if net.training != training:
         net.train(training)

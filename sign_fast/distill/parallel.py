@@ -31,7 +31,7 @@ def wrap(net: nn.Module) -> nn.Module:
     return data_parallel(net, views=True)
 
 
-def shard(net: nn.Module, device: torch.device) -> None:
+def shard(net: nn.Module, device: torch.device, blocks: Sequence[nn.Module] | None = None) -> None:
     """FSDP2, in place: every U-Net block and then the rest are gathered where they run and given up after it.
 
     The weights move to the device one block at a time, so that a network on the CPU may be larger than a device.
@@ -40,6 +40,7 @@ def shard(net: nn.Module, device: torch.device) -> None:
     Args:
         net: the same on all processes.
         device: of this process.
+        blocks: what is gathered at a time; None: its U-Net blocks.
     """
     from torch.distributed.device_mesh import init_device_mesh  # seconds to import, and seldom needed
     from torch.distributed.fsdp import fully_shard
@@ -47,7 +48,8 @@ def shard(net: nn.Module, device: torch.device) -> None:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for p in net.parameters():
         p.data = p.data.contiguous()
-    blocks = [module for module in net.modules() if isinstance(module, UNetBlock)]
+    if blocks is None:
+        blocks = [module for module in net.modules() if isinstance(module, UNetBlock)]
     for module in (*blocks, net):
         # the root too: left whole after a forward pass without gradient, it would miss the optimizer's next step
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
@@ -123,20 +125,37 @@ def total_norm(grads: Sequence[Tensor], sharded: bool) -> Tensor:
 # ---- states ----
 
 
-def full_state(net: nn.Module) -> dict[str, Tensor]:
+def full_state(net: nn.Module, part: str | None = None) -> dict[str, Tensor]:
     """state_dict with whole tensors, on the CPU where they were shards. All processes call it.
+
+    Args:
+        net: whole or sharded.
+        part: only what has this in its name; None: all.
 
     Returns:
         The state on the first process; shards' tensors are missing on the others.
     """
-    return _whole(net.state_dict())
+    return _whole({name: value for name, value in net.state_dict().items() if part is None or part in name})
 
 
-def load_full_state(net: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load `full_state`'s, whatever number of processes it is from. All processes call it with the same."""
+def load_full_state(net: nn.Module, state: Mapping[str, Tensor], part: str | None = None) -> None:
+    """Load `full_state`'s, whatever number of processes it is from. All processes call it with the same.
+
+    Args:
+        net: whole or sharded.
+        state: of all that `part` names.
+        part: as in `full_state`; what else the network has stays.
+
+    Raises:
+        KeyError: a tensor of the part is missing.
+    """
+    if part is not None:
+        state = {name: state[name] for name in net.state_dict() if part in name}
     if is_sharded(net):
-        state = {name: _like(state[name], own) if name in state else own for name, own in net.state_dict().items()}
-    net.load_state_dict(state)
+        own = net.state_dict()
+        kept = {name: value for name, value in own.items() if name not in state} if part is None else {}
+        state = {name: _like(value, own[name]) for name, value in state.items()} | kept
+    net.load_state_dict(state, strict=part is None)
 
 
 def full_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:

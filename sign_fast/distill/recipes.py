@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 from importlib.resources import files
 from typing import Any
 
 from ..errors import SignFastError
+from .run_settings import RunSettings
 from .settings import DistillSettings
 
+METHODS = ("sid", "sida", "sign", "sid-latent")
 _TUPLES = ("betas", "fake_betas")
 
 
@@ -34,8 +37,36 @@ def recipe(name: str) -> dict[str, Any]:
     return content
 
 
-def settings_from(name: str | None = None, **given: Any) -> DistillSettings:
-    """Settings of a recipe, over which those given go.
+def method_of(name: str | None, method: str | None) -> str:
+    """The method of a recipe, or the one given in its place.
+
+    Raises:
+        SignFastError: no such recipe, it has no settings for that method, or neither is given.
+    """
+    if name is None and method is None:
+        raise SignFastError("name a --method (sid, sida or sign; sid-latent), or a --recipe, which has one")
+    if name is None:
+        return str(method)
+    found = recipe(name)
+    own = str(found["method"])
+    if method in (None, own):
+        return own
+    if method not in found:
+        raise SignFastError(f"recipe {name!r} is of {own}: leave --method away, or --recipe")
+    return str(method)
+
+
+def settings_class(method: str) -> type[RunSettings]:
+    """What a method's settings are."""
+    if method == "sid-latent":
+        from .text_to_image.settings import TextToImageSettings
+
+        return TextToImageSettings
+    return DistillSettings
+
+
+def settings_from(name: str | None = None, **given: Any) -> Any:
+    """Settings of a recipe, over which those given go: `DistillSettings`, or `TextToImageSettings` of sid-latent.
 
     ::
 
@@ -43,25 +74,28 @@ def settings_from(name: str | None = None, **given: Any) -> DistillSettings:
         settings_from("cifar10-cond", method="sida", teacher="runs/cifar/network", data="cifar10.zip")
 
     Args:
-        name: of a recipe; None starts from the defaults of `DistillSettings`.
+        name: of a recipe; None starts from the method's defaults.
         given: settings; None means not given.
 
     Raises:
-        SignFastError: no such recipe, it is of another method, or method or teacher are missing.
+        SignFastError: no such recipe, it is of another method, method or teacher are missing, or a setting is of none.
     """
     given = {key: value for key, value in given.items() if value is not None}
+    method = method_of(name, given.get("method"))
     found = recipe(name) if name is not None else {}
     found.pop("about", None)
-    others = {method: found.pop(method) for method in ("sid", "sida", "sign") if method in found}
-    method = given.get("method", found.get("method"))
-    if method is None:
-        raise SignFastError("name a --method (sid, sida or sign), or a --recipe, which has one")
+    others = {other: found.pop(other) for other in METHODS if other in found}
     if name is not None and method != found["method"]:
-        if method not in others:
-            raise SignFastError(f"recipe {name!r} is of {found['method']}: leave --method away, or --recipe")
         found |= others[method]
-    settings = {**found, **given}
+    settings = {**found, **given, "method": method}
     if "teacher" not in settings:
-        raise SignFastError("name a --teacher: the folder of a denoiser, or a bundled name such as digits-uncond")
+        what = "the folder of a denoiser, or a bundled name such as digits-uncond"
+        if method == "sid-latent":
+            what = "the folder of a diffusers pipeline"
+        raise SignFastError(f"name a --teacher: {what}")
+    cls = settings_class(method)
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := [key for key in settings if key not in known]:
+        raise SignFastError(f"{unknown[0]} is no setting of {method}: leave it away")
     settings |= {key: tuple(settings[key]) for key in _TUPLES if settings.get(key) is not None}
-    return DistillSettings(**settings)
+    return cls(**settings)

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..models.precond import Precond
 from .parallel import (
     full_optimizer_state,
     full_state,
@@ -32,11 +31,12 @@ class Trained:
         clip: limit of each gradient value, or None.
         loss_scaling: for float16; a step with a gradient that is not finite is left away then.
         capturable: the learning rate is a tensor, so that a CUDA graph may contain the step.
+        adapters: train and save only parameters with this in their name; the others stay as they are given.
     """
 
     def __init__(
         self,
-        net: Precond,
+        net: nn.Module,
         factor: float,
         lr: float,
         betas: tuple[float, float],
@@ -44,13 +44,15 @@ class Trained:
         clip: float | None = None,
         loss_scaling: bool = False,
         capturable: bool = False,
+        adapters: str | None = None,
     ) -> None:
         self.net = net
         self.factor = factor
         self.clip = clip
+        self.adapters = adapters
         # augmentation labels are never given: their projection gets no gradient, for which DDP would wait
         for name, p in net.named_parameters():
-            p.requires_grad_("map_augment" not in name)
+            p.requires_grad_("map_augment" not in name if adapters is None else adapters in name)
         self.weights = [p for p in net.parameters() if p.requires_grad]
         self.sharded = is_sharded(net)
         device = self.weights[0].device
@@ -119,14 +121,14 @@ class Trained:
     def state(self) -> dict[str, Any]:
         """Of weights, optimizer and loss scaling, see `parallel.full_state`. All processes call it."""
         return {
-            "net": full_state(self.net),
+            "net": full_state(self.net, self.adapters),
             "optimizer": full_optimizer_state(self.optimizer),
             "scaler": self.scaler.state_dict(),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`'s. All processes call it."""
-        load_full_state(self.net, state["net"])
+        load_full_state(self.net, state["net"], self.adapters)
         load_full_optimizer_state(self.optimizer, state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])

@@ -13,12 +13,17 @@ from sign_fast import functional
 from sign_fast.distill import latent
 from sign_fast.distill.discriminator import pooled_logits
 from sign_fast.sampling import few_step_latent
+from sign_fast.sampling.text import TextConditioning
 from tests.golden_rules import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, normal, relative_error
 
 NAN = float("nan")
 SHAPE = (4, 2, 4, 4)
 EMBEDDINGS, UNCONDITIONAL = normal(11, 4, 3, 5), normal(12, 1, 3, 5)
-EACH_PREDICTION = pytest.mark.parametrize("prediction", [latent.EpsilonPrediction(), latent.FlowPrediction()])
+EACH_PREDICTION = pytest.mark.parametrize(
+    "prediction",
+    [latent.EpsilonPrediction(), latent.VelocityPrediction(), latent.FlowPrediction()],
+    ids=["epsilon", "v", "flow"],
+)
 
 
 class Network(torch.nn.Module):
@@ -96,7 +101,7 @@ def test_training_times():
 def test_noising_and_its_inverses(prediction):
     images, noise, t = normal(1, *SHAPE).double(), normal(2, *SHAPE).double(), times(prediction)
     x = prediction.noised(images, noise, t)
-    assert relative_error(prediction.denoised(x, prediction.target(images, noise), t), images) <= GRADIENT_TOLERANCE
+    assert relative_error(prediction.denoised(x, prediction.target(images, noise, t), t), images) <= GRADIENT_TOLERANCE
     assert relative_error(prediction.implied_noise(x, images, t), noise) <= GRADIENT_TOLERANCE
 
 
@@ -107,7 +112,8 @@ def test_the_roll_out_is_the_sampler(prediction, noise, steps):
     net, latents = Network(3), normal(1, *SHAPE)
     noises = [normal(20 + i, *SHAPE) for i in range(steps - 1)]
     draws = iter(noises)
-    name = "epsilon" if isinstance(prediction, latent.EpsilonPrediction) else "flow"
+    names = {latent.EpsilonPrediction: "epsilon", latent.VelocityPrediction: "v", latent.FlowPrediction: "flow"}
+    name = names[type(prediction)]
     want = few_step_latent(lambda x, t: net(x, t, EMBEDDINGS), latents, lambda x: next(draws), steps, name, noise)
     got = latent.roll_out(net, latents, noises, EMBEDDINGS, prediction, steps, steps, noise=noise)
     assert relative_error(got, want) <= OUTPUT_TOLERANCE
@@ -200,6 +206,48 @@ def test_flow_weights_by_formula(name):
     gap = y_real - y_fake
     want = weights[name] * (gap * ((y_real - images) - 1.2 * gap)).sum((1, 2, 3))
     assert relative_error(loss, want) <= OUTPUT_TOLERANCE
+
+
+def test_v_is_what_the_literature_says():
+    """ε = √ᾱ·v + √(1−ᾱ)·x, and its loss is that of ε divided by ᾱ."""
+    epsilon, v = latent.EpsilonPrediction(), latent.VelocityPrediction()
+    images, noise, t = normal(7, *SHAPE).double(), normal(8, *SHAPE).double(), times(v)
+    signal, spread = (a[t].reshape(-1, 1, 1, 1) for a in (v.signal, v.spread))
+    x, target = v.noised(images, noise, t), v.target(images, noise, t)
+    assert relative_error(signal * target + spread * x, noise) <= GRADIENT_TOLERANCE
+    guess = normal(9, *SHAPE).double()
+    as_noise = signal * guess + spread * x
+    assert relative_error(v.denoised(x, guess, t), epsilon.denoised(x, as_noise, t)) <= GRADIENT_TOLERANCE
+    errors = [(a - b).square().sum((1, 2, 3)) for a, b in ((guess, target), (as_noise, noise))]
+    assert relative_error(errors[0] * signal.flatten() ** 2, errors[1]) <= GRADIENT_TOLERANCE
+
+
+def test_schedules_of_other_betas():
+    bars = [0.99 * (1 - i / 1000) for i in range(1000)]
+    found = latent.prediction_of("v", bars=bars)
+    assert torch.equal(found.signal, torch.tensor(bars).sqrt())
+    assert isinstance(latent.prediction_of("flow"), latent.FlowPrediction)
+
+
+def test_text_of_several_tensors_is_guided_and_dropped_row_by_row():
+    text = TextConditioning(EMBEDDINGS, normal(13, 4, 6), torch.ones(1, 6).expand(4, 6))
+    empty = TextConditioning(UNCONDITIONAL, normal(14, 1, 6), torch.ones(1, 6))
+    seen = []
+
+    def predict(x, t, given):
+        seen.append(given)
+        return x * given.pooled.mean(1).reshape(-1, 1, 1, 1)
+
+    x, t = normal(2, *SHAPE), torch.full([4], 500)
+    got = latent.guided(predict, x, t, text, empty, 3.0)
+    assert len(seen[0]) == 8 and torch.equal(seen[0].pooled, torch.cat([empty.pooled.expand(4, 6), text.pooled]))
+    c, u = (x * given.pooled.mean(1).reshape(-1, 1, 1, 1) for given in (text, empty))
+    assert relative_error(got, u + 3 * (c - u)) <= OUTPUT_TOLERANCE
+    assert relative_error(latent.guided(predict, x, t, text, empty, 0), u) <= OUTPUT_TOLERANCE
+    dropped = latent.drop_prompts(text, empty, torch.tensor([0.05, 0.5, 0.0999, 0.1]), 0.1)
+    assert torch.equal(dropped.pooled[[0, 2]], empty.pooled.expand(2, 6)) and torch.equal(
+        dropped.states[[1, 3]], text.states[[1, 3]]
+    )
 
 
 def test_the_fake_score_of_a_flow_predicts_velocity():
