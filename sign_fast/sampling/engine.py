@@ -7,8 +7,6 @@ import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,34 +19,15 @@ from ..inference.optimized import OptimizedNet, optimize
 from ..kernels import extension
 from ..models.precond import Precond
 from .buckets import LARGEST_BUCKET, pad
-from .graphs import GraphKey, Graphs, generate_in_buckets
+from .graphs import GraphKey, Graphs, generate_in_buckets, network_token
 from .loop import Correction, corrected, draw_ahead, run_plan
 from .noise import PhiloxNoise, SeededNoise
-from .plan import Plan
+from .plan import Plan, Prepared
 from .plans import plan_of
 from .requests import Noise, Output, Sampler, check_choices, is_time_free
 from .transfer import to_device
 
 _PLANS_KEPT = 64
-_tokens = itertools.count()  # a network's in the keys of graphs: no two in a process are equal
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A plan and its numbers on the device, made at their first use."""
-
-    plan: Plan
-    device: torch.device
-
-    @cached_property
-    def levels(self) -> Tensor:
-        """(n,) float64."""
-        return torch.tensor(self.plan.levels, dtype=torch.float64).to(self.device)
-
-    @cached_property
-    def coefficients(self) -> Tensor:
-        """Of all combinations, (n,) float64."""
-        return torch.tensor(self.plan.coefficients, dtype=torch.float64).to(self.device)
 
 
 class Engine:
@@ -89,10 +68,10 @@ class Engine:
         self._net = _prepared_net(net, dtype, consume)
         self.noise = noise
         self._max_graphs = max_graphs
-        self._token = next(_tokens)
+        self._token = network_token()
         self._lock = threading.Lock()
         self._graphs: Graphs | None = None
-        self._plans: OrderedDict[Any, _Prepared] = OrderedDict()
+        self._plans: OrderedDict[Any, Prepared] = OrderedDict()
         self.img_resolution: int = net.img_resolution
         self.img_channels: int = net.img_channels
         self.label_dim: int = getattr(net, "label_dim", 0)
@@ -224,7 +203,7 @@ class Engine:
         return functional.to_uint8(images) if output == "uint8" else images.float()
 
     def _generate(
-        self, prepared: _Prepared, seeds: Sequence[int], labels: Sequence[int] | None, output: Output
+        self, prepared: Prepared, seeds: Sequence[int], labels: Sequence[int] | None, output: Output
     ) -> Tensor:
         """Images of at most `LARGEST_BUCKET` seeds by one of the library's samplers."""
         noise, count = self._noise(seeds), len(seeds)
@@ -242,7 +221,7 @@ class Engine:
 
     def _made(
         self,
-        prepared: _Prepared,
+        prepared: Prepared,
         inputs: Mapping[str, Tensor],
         count: int,
         output: Output,
@@ -278,27 +257,27 @@ class Engine:
             return None
         return (classes[:, None] == torch.arange(self.label_dim, device=classes.device)).float()
 
-    def _prepare(self, sampler: str, steps: int, options: Mapping[str, Any]) -> _Prepared:
+    def _prepare(self, sampler: str, steps: int, options: Mapping[str, Any]) -> Prepared:
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
         key = (sampler, steps, tuple(sorted(values.items())))
         return self._cached(key, lambda: plan_of(self._net, sampler, steps, values))
 
-    def _cached(self, name: Hashable, make: Callable[[], Plan]) -> _Prepared:
+    def _cached(self, name: Hashable, make: Callable[[], Plan]) -> Prepared:
         device = self.device
         key = (name, device)
         with self._lock:
             prepared = self._plans.get(key)
             if prepared is None:
-                prepared = self._plans[key] = _Prepared(make(), device)
+                prepared = self._plans[key] = Prepared(make(), device)
                 if len(self._plans) > _PLANS_KEPT:
                     self._plans.popitem(last=False)
             self._plans.move_to_end(key)
             return prepared
 
-    def _conditioning(self, prepared: _Prepared) -> Conditioning:
+    def _conditioning(self, prepared: Prepared) -> Conditioning:
         return self._net.conditioning(prepared.plan.levels)
 
-    def _constants(self, prepared: _Prepared) -> dict[str, Tensor]:
+    def _constants(self, prepared: Prepared) -> dict[str, Tensor]:
         """Inputs that are the same for all images of a plan."""
         if not isinstance(self._net, OptimizedNet):
             return {"levels": prepared.levels}
@@ -307,7 +286,7 @@ class Engine:
 
     def _run(
         self,
-        prepared: _Prepared,
+        prepared: Prepared,
         inputs: Mapping[str, Tensor],
         output: Output,
         coefficients: Tensor | None = None,
@@ -348,7 +327,7 @@ class Engine:
         images = run_plan(plan, denoiser, draws, coefficients)
         return functional.to_uint8(images) if output == "uint8" else images.float()
 
-    def _denoiser(self, prepared: _Prepared, inputs: Mapping[str, Tensor]) -> Callable[[Tensor, int], Tensor]:
+    def _denoiser(self, prepared: Prepared, inputs: Mapping[str, Tensor]) -> Callable[[Tensor, int], Tensor]:
         net, labels, levels = self._net, inputs.get("labels"), inputs["levels"]
         if isinstance(net, OptimizedNet):
             conditioning = self._conditioning(prepared)
@@ -361,7 +340,7 @@ class Engine:
 
     def _replay(
         self,
-        prepared: _Prepared,
+        prepared: Prepared,
         inputs: Mapping[str, Tensor],
         count: int,
         output: Output,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import warnings
@@ -96,6 +97,12 @@ class _Graph:
 
 
 _all: weakref.WeakSet[Graphs] = weakref.WeakSet()
+_tokens = itertools.count()
+
+
+def network_token() -> int:
+    """One for the keys of a network's graphs: no two in a process are equal."""
+    return next(_tokens)
 
 
 class Graphs:
@@ -355,6 +362,7 @@ def generate_in_buckets(
     function: Function,
     watched: Watched,
     constant: Collection[str] = (),
+    choose: Callable[[int, int], int] = bucket_of,
 ) -> Tensor:
     """`count` images in buckets as large as memory allows, the last one padded.
 
@@ -363,6 +371,7 @@ def generate_in_buckets(
         key: its bucket does not matter.
         make_inputs: (start, stop, bucket) -> the inputs of images start … stop − 1, padded to bucket rows; called
             again for smaller parts where a bucket is too large.
+        choose: (images left, largest) -> the next bucket, a power of two.
 
     Returns:
         (count, …).
@@ -373,7 +382,7 @@ def generate_in_buckets(
     parts: list[Tensor] = []
     start = 0
     while start < count:
-        bucket = bucket_of(count - start, graphs.largest(key))
+        bucket = choose(count - start, graphs.largest(key))
         stop = min(start + bucket, count)
         inputs = make_inputs(start, stop, bucket)
         try:

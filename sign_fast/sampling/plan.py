@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from ..kernels import extension
 
@@ -91,6 +92,24 @@ class Plan:
             else:
                 native.call(step.target, step.source, step.level)
         return native
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A plan and its numbers on the device, made at their first use."""
+
+    plan: Plan
+    device: torch.device
+
+    @cached_property
+    def levels(self) -> Tensor:
+        """(n,) float64."""
+        return torch.tensor(self.plan.levels, dtype=torch.float64).to(self.device)
+
+    @cached_property
+    def coefficients(self) -> Tensor:
+        """Of all combinations, (n,) float64."""
+        return torch.tensor(self.plan.coefficients, dtype=torch.float64).to(self.device)
 
 
 class Levels:

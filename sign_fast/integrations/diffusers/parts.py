@@ -125,6 +125,13 @@ class Parts:
         height, width = sides_of(self.unet)
         return height * self.pixels, width * self.pixels
 
+    @property
+    def text_widths(self) -> tuple[int, int | None]:
+        """Numbers of an embedding's state and of a pooled embedding, None where there is none."""
+        encoders = [e for e in (self.text_encoder, self.text_encoder_2) if e is not None]
+        pooled = None if self.text_encoder_2 is None else int(self.text_encoder_2.config.projection_dim)
+        return sum(e.config.hidden_size for e in encoders), pooled
+
     def predictor(self, unet: Any = None) -> Predictor:
         """`Predictor` of the network, or of another one in its place."""
         return predictor(self.unet if unet is None else unet, self.prediction, self.num_train_timesteps)
@@ -309,8 +316,7 @@ def _check_conditioning(parts: Parts) -> None:
     ):
         if getattr(config, name, None) not in allowed:
             raise SignFastError(f"the UNet has {name}={getattr(config, name)!r}, which is not supported")
-    encoders = [e for e in (parts.text_encoder, parts.text_encoder_2) if e is not None]
-    width, crossed = sum(e.config.hidden_size for e in encoders), config.cross_attention_dim
+    (width, pooled), crossed = parts.text_widths, config.cross_attention_dim
     if any(dim != width for dim in (crossed if isinstance(crossed, list | tuple) else [crossed])):
         raise SignFastError(
             f"the text encoders give embeddings of {width} numbers, the UNet takes {crossed}: they belong to others"
@@ -321,7 +327,7 @@ def _check_conditioning(parts: Parts) -> None:
         return
     if parts.text_encoder_2 is None:
         raise SignFastError("the UNet takes a pooled embedding (SDXL), but there is no text_encoder_2: add it")
-    pooled = parts.text_encoder_2.config.projection_dim
+    assert pooled is not None
     taken, given = config.projection_class_embeddings_input_dim, pooled + 6 * config.addition_time_embed_dim
     if taken != given:
         raise SignFastError(

@@ -76,7 +76,7 @@ class PromptEncoder:
         texts = list(prompts)
         longest = [0] * len(texts)
         limit = self.max_tokens
-        for tokenizer, _ in self._pairs[:1] if self._alike else self._pairs:
+        for tokenizer, _ in self._pairs:
             counts = [len(ids) for ids in _tokens(tokenizer, texts)]
             longest = [max(pair) for pair in zip(longest, counts, strict=True)]
         cut = [i for i, count in enumerate(longest) if count > limit]
@@ -128,12 +128,6 @@ class PromptEncoder:
         if not self._zeros or text.pooled is None:
             return text
         return TextConditioning(torch.zeros_like(text.states), torch.zeros_like(text.pooled), text.time_ids)
-
-    @property
-    def _alike(self) -> bool:
-        """Whether both tokenizers cut texts alike, as SDXL's do: they differ in padding alone."""
-        first, last = self._pairs[0][0], self._pairs[-1][0]
-        return first is last or (type(first) is type(last) and first.get_vocab() == last.get_vocab())
 
     def _time_ids(self, size: int | tuple[int, int] | None) -> Tensor | None:
         """(1, 6): original height and width, crop at 0, 0, target height and width; None of one text encoder."""

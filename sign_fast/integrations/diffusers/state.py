@@ -1,0 +1,37 @@
+"""What a network's forward reads in Python, besides its tensors: a captured generation does not see it change."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+from torch import nn
+
+_FLAGS = ("use_slicing", "use_tiling", "tile_latent_min_size", "tile_overlap_factor", "training")
+_FREE_U = ("s1", "s2", "b1", "b2")
+
+
+def python_state(networks: Iterable[nn.Module]) -> Hashable:
+    """Equal for equal states: the classes of modules and attention processors, adapters and their scales, FreeU's
+    scales, the autoencoder's slicing and tiling. What hooks and processors hold in themselves is not looked at."""
+    return tuple(_of(module) for network in networks for module in network.modules())
+
+
+def _of(module: nn.Module) -> Hashable:
+    values: dict[str, Any] = vars(module)
+    found: list[Any] = [type(module)]
+    if "processor" in values:
+        found.append(type(values["processor"]))
+    if "_disable_adapters" in values:  # peft's layers
+        active = values.get("_active_adapter", ())
+        found += [
+            values["_disable_adapters"],
+            active if isinstance(active, str) else tuple(active),
+            tuple(values.get("scaling", {}).items()),
+            tuple(values.get("merged_adapters", ())),
+        ]
+    if "resolution_idx" in values:  # the up blocks
+        found.append(tuple(values.get(name) for name in _FREE_U))
+    if "use_slicing" in values:  # the autoencoder
+        found.append(tuple(values.get(name) for name in _FLAGS))
+    return found[0] if len(found) == 1 else tuple(found)
