@@ -82,6 +82,11 @@ def persistent(net: nn.Module, kwargs: dict[str, Any], **changed: Any) -> _Persi
     return _Persistent(type(net).__name__, _state(net, kwargs), **changed)
 
 
+def storing(class_name: str, **state: Any) -> _Persistent:
+    """Another persistent object, e.g. a loss."""
+    return _Persistent(class_name, state)
+
+
 def _state(net: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     state = dict(net.__dict__)
     for own in ("_init_kwargs", "dtype", "box", "resampling"):  # what only ours have

@@ -38,7 +38,9 @@ class _Storages:
         self.fields = fields  # of a persistent id in this format
         self.named: dict[str, Storage] = {}
 
-    def load(self, identity: Any) -> Storage:
+    def load(self, identity: Any) -> Any:
+        if type(identity) is tuple and len(identity) == 4 and identity[0] == "module":
+            return identity[1]  # a class of modules, known by its name, and its source, which nobody needs
         if type(identity) is not tuple or len(identity) != self.fields or identity[0] != "storage":
             raise RefusedError("has a persistent id that is no storage's")
         _, kind, key, _, numel, *view = identity  # where it lay, e.g. "cuda:0", does not matter

@@ -14,7 +14,7 @@ from typing import Any
 
 from .records import Constructor, RefusedError, build, is_key, say
 
-MAX_OPERATIONS = 2_000_000  # the largest published network takes about 200,000
+MAX_OPERATIONS = 1_000_000  # the largest published network takes about 95,000
 _MAX_NAME = 200  # of a global
 _MAX_PROTOCOL = 5
 

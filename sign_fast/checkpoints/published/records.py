@@ -248,6 +248,7 @@ def snapshot_table(load_storage: Callable[..., Any], encode: Callable[..., Any])
     }
     for builtins in ("builtins", "__builtin__"):  # protocol 2 has the names of Python 2
         entries[f"{builtins}.set"] = Constructor("set", _set)
+        entries[f"{builtins}.frozenset"] = Constructor("set", lambda *items: frozenset(_set(*items)))
         entries[f"{builtins}.bytes"] = Constructor("bytes", _no_arguments(bytes))
     for numpy in ("numpy.core", "numpy._core"):
         entries[f"{numpy}.multiarray.scalar"] = Constructor("NumPy's number", _numpy_number)

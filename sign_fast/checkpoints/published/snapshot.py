@@ -175,6 +175,8 @@ def _read(path: Path) -> Any:
     table = snapshot_table(load_storage, encode)
     if bytes(data[:4]) == archives.ZIP_MAGIC or bytes(data[2:14]) == archives.LEGACY_MAGIC:
         return archives.read(data, table, budget)  # written by torch.save instead of pickle.dump
+    if data[0] != 0x80:  # PROTO
+        raise RefusedError("is no pickle of protocol 2 or later: it is damaged, or no published snapshot")
     machine = Machine(data, table, budget)
     value = machine.run()
     if machine.at != size:
