@@ -141,8 +141,7 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
 def replace_folder(target: Path, fill: Callable[[Path], object]) -> None:
     """Fill a temporary folder beside `target` and put it in its place, on the disk when this returns.
 
-    On any error `target` is as it was. Folders in it are as well; a file that is a second link to another stays as that
-    one is.
+    On any error `target` is as it was. There may be folders in it; files that are links stay as they are.
     """
     make_folder(target.parent)
     _put_back(target.with_name(f".{target.name}.old"))
@@ -153,6 +152,8 @@ def replace_folder(target: Path, fill: Callable[[Path], object]) -> None:
         fill(temporary)
         with explain_os_errors(target):
             for path in temporary.rglob("*"):
+                if path.is_symlink():
+                    continue
                 if path.is_dir():
                     _ordinary_mode(path)
                     _sync_folder(path)
