@@ -136,7 +136,7 @@ class ImageFolderDataset:
             if entries is None:
                 return None
             table = {str(name): label for name, label in entries}
-        except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        except (*_UNREADABLE, KeyError, TypeError) as error:
             raise SignFastError(f'{where} must be {{"labels": [["name.png", 0], …]}} ({first_line(error)})') from error
         lacking = [name for name in self._names if name.replace("\\", "/") not in table]
         if lacking:

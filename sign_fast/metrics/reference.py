@@ -79,7 +79,9 @@ def read_reference(source: str | os.PathLike[str]) -> Reference:
     name = os.fspath(source)
     path = Path(name)
     if name.endswith(".safetensors"):
-        tensors = {key: value.numpy() for key, value in _weights(path).items()}
+        # NumPy has no bfloat16
+        found = {key: value.float() if value.dtype.itemsize == 2 else value for key, value in _weights(path).items()}
+        tensors = {key: value.numpy() for key, value in found.items() if value.dtype.itemsize > 1}
         headers = {key: Header(value.shape, value.dtype, False) for key, value in tensors.items()}
         return _statistics(name, path, headers, tensors.__getitem__, None)
     if not name.endswith(".npz"):
