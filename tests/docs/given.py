@@ -9,6 +9,8 @@ import numpy as np
 
 from sign_fast.data.datasets import digits
 from sign_fast.sampling.pictures import save_png
+from tests.checkpoints.snapshots import tiny_snapshot
+from tests.integrations.diffusers import tiny
 
 
 def _images(path: Path) -> None:
@@ -24,7 +26,21 @@ def _mask(path: Path) -> None:
     save_png(path, mask)
 
 
-_MAKERS: dict[str, Callable[[Path], None]] = {"my_images": _images, "mask.png": _mask}
+def _snapshot(path: Path) -> None:
+    path.write_bytes(tiny_snapshot())
+
+
+def _pipeline(path: Path) -> None:
+    tiny.write("sd15", path)
+
+
+_MAKERS: dict[str, Callable[[Path], None]] = {
+    "my_images": _images,
+    "mask.png": _mask,
+    "edm-cifar10-32x32-uncond-vp.pkl": _snapshot,
+    "my_pipeline": _pipeline,
+    "my_student": _pipeline,
+}
 
 
 def give(folder: Path, text: str) -> None:
