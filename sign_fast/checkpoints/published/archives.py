@@ -149,11 +149,12 @@ def zip_members(data: memoryview, budget: Budget) -> dict[str, memoryview]:
             raise RefusedError(f"is an archive with two files named {say(name)}")
         if name.startswith("/") or "\\" in name or ".." in name.split("/") or not name.isprintable():
             raise RefusedError(f"is an archive with the unsafe file name {say(name)}")
-        content = _content(data, name, begin, length, start)
+        first = _content_start(data, name, begin, length, start)
+        content = data[first : first + length]
         budget.spend_bytes(length)
         if crc and zlib.crc32(content) != crc:  # 0 where torch was told to write none
             raise RefusedError(f"is damaged: the checksum of {say(name)} does not fit")
-        spans.append((begin, begin + length))
+        spans.append((begin, first + length))
         members[name] = content
     if at != start + size:
         raise RefusedError("is damaged: its archive's directory is of another size")
@@ -224,11 +225,11 @@ def _wide(extra: memoryview, packed: int, size: int, header: int) -> tuple[int, 
     return packed, size, header
 
 
-def _content(data: memoryview, name: str, header: int, size: int, end: int) -> memoryview:
+def _content_start(data: memoryview, name: str, header: int, size: int, end: int) -> int:
     magic, _, _, _, _, _, _, _, _, name_size, extra = _unpack(_LOCAL, data, header, end)
     begin = header + _LOCAL.size + name_size + extra
     if magic != ZIP_MAGIC or bytes(data[header + _LOCAL.size :][:name_size]) != name.encode():
         raise RefusedError(f"is damaged: its archive's {say(name)} is not where the directory says")
     if begin + size > end:
         raise RefusedError(f"is an archive whose {say(name)} reaches out of it")
-    return data[begin : begin + size]
+    return begin

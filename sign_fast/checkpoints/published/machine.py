@@ -102,7 +102,7 @@ class Machine:
         if known is None:
             return f"is damaged, or no snapshot: byte {self.at - 1} of a pickle in it is no opcode"
         if known.name == "INST":
-            return f"names {self._line()}.{self._line()}, which no published network needs: do not trust it"
+            return _foreign(self._line(), self._line())
         return f"uses the pickle opcode {known.name}, which no published network needs: do not trust it"
 
     # reading
@@ -124,7 +124,7 @@ class Machine:
         if end < 0:
             raise RefusedError("is damaged: a name in it does not end")
         self.at += end + 1
-        return _text(piece[:end]).encode("ascii", "backslashreplace").decode()
+        return _text(piece[:end])
 
     # the stack
 
@@ -192,8 +192,7 @@ class Machine:
             raise RefusedError("names a global by what is no text")
         entry = self.table.get((module, name))
         if entry is None:
-            where = f"{module[:_MAX_NAME]}.{name[:_MAX_NAME]}".encode("unicode_escape").decode()
-            raise RefusedError(f"names {where}, which no published network needs: do not trust it")
+            raise RefusedError(_foreign(module, name))
         self.stack.append(entry)
 
     def _call(self, new: bool) -> None:
@@ -228,6 +227,11 @@ class Machine:
         if not all(map(is_key, items)):
             raise RefusedError("has a set of what is neither text nor number")
         self.stack.append(frozenset(items))
+
+
+def _foreign(module: str, name: str) -> str:
+    where = repr(f"{module[:_MAX_NAME]}.{name[:_MAX_NAME]}")[1:-1]  # without control characters
+    return f"names {where}, which no published network needs: do not trust it"
 
 
 def _text(data: memoryview | bytes) -> str:
