@@ -86,7 +86,7 @@ def restore(pipeline_or_model: Any) -> None:
 def _models(given: Any) -> dict[str, nn.Module]:
     """The supported models by their names: of components in a pipeline, of submodules in a module, "" for itself."""
     kinds = _kinds()
-    found: dict[str, nn.Module]
+    found: dict[str, Any]
     if isinstance(given, nn.Module):
         found = {name: module for name, module in given.named_modules() if isinstance(module, kinds)}
         what = f"a {type(given).__name__}"
@@ -134,9 +134,11 @@ def _others(given: Any, models: dict[str, nn.Module]) -> Iterator[Found]:
 def _change(model: nn.Module, *, attention: bool, channels_last: bool) -> None:
     from . import followers, sites
     from .attention import Attention
+    from .modules import Conv2d
 
+    left = [*([] if attention else [Attention]), *([] if channels_last else [Conv2d])]  # C++ convolves in channels_last
     for found in list(sites.candidates(model)):
-        if found.ours is None or found.reason is not None or (found.ours is Attention and not attention):
+        if found.ours is None or found.reason is not None or found.ours in left:
             continue
         found.module.__dict__.setdefault(sites.CLASS, type(found.module))
         become(found.module, found.ours)

@@ -13,10 +13,8 @@ from .joins import Follower
 from .modules import FOLLOWER, GroupNorm, GroupNormSiLU, ResnetBlock2D, Transformer2DModel
 
 # blocks that call resnets[0], attentions[0], resnets[1], … each with the output of the one before
-_IN_TURN = frozenset(
-    ("DownBlock2D", "CrossAttnDownBlock2D", "AttnDownBlock2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D")
-    + ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
-)
+_IN_TURN = frozenset(("DownBlock2D", "CrossAttnDownBlock2D", "AttnDownBlock2D", "DownEncoderBlock2D"))
+_IN_TURN |= frozenset(("AttnDownEncoderBlock2D", "UpDecoderBlock2D", "AttnUpDecoderBlock2D"))
 # the same, but each residual block's input is joined with a skip connection's channels
 _IN_TURN_WITH_SKIPS = frozenset(("UpBlock2D", "CrossAttnUpBlock2D", "AttnUpBlock2D"))
 # resnets[0], then attentions[0], resnets[1], …

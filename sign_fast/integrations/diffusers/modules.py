@@ -16,6 +16,7 @@ from diffusers.models.transformers import transformer_2d
 from torch import Tensor, nn
 
 from ... import functional
+from ...kernels.convolution.op import supports as supports_convolution
 from ...kernels.device import interpreting
 from ...kernels.dispatch import Reason
 from .joins import Follower, expects_follower, join, take, untouched
@@ -82,6 +83,25 @@ class SiLU(nn.SiLU):
         return input if getattr(input, _ACTIVATED, False) else super().forward(input)
 
 
+# The filters are transformed in every call, for which that many pixels make up: measured, and independent of channels
+_WINOGRAD_PIXELS = 512
+
+
+class Conv2d(nn.Conv2d):
+    """A 3×3 convolution that is `functional.convolution` where that is faster: float32, CPU, enough pixels."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if (
+            input.is_cpu
+            and input.ndim == 4
+            and input.shape[0] * input.shape[2] * input.shape[3] >= _WINOGRAD_PIXELS
+            and supports_convolution(input, self.weight, self.bias) is None
+            and convolution_reason(self) is None  # it may have been made another's since
+        ):
+            return functional.convolution(input, self.weight, self.bias)
+        return super().forward(input)
+
+
 def _folds_biases(x: Tensor) -> bool:
     """Whether a convolution's bias is a pass of its own there: cuDNN's is, the CPU's library adds it on the way."""
     return not x.is_cpu or interpreting()
@@ -90,13 +110,13 @@ def _folds_biases(x: Tensor) -> bool:
 def _without_bias(convolution: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """The convolution's output but for the bias that is returned, which whatever reads the output next adds."""
     if (
-        type(convolution) is nn.Conv2d
+        type(convolution) in (nn.Conv2d, Conv2d)
         and convolution.bias is not None
         and convolution.padding_mode == "zeros"
         and _folds_biases(x)
         and untouched(convolution)
     ):
-        c = convolution
+        c: Any = convolution
         return F.conv2d(x, c.weight, None, c.stride, c.padding, c.dilation, c.groups), c.bias
     return convolution(x), None
 
@@ -174,6 +194,13 @@ def resnet_reason(block: nn.Module) -> Reason | None:
     if any(type(norm) not in (nn.GroupNorm, GroupNorm) for norm in (block.norm1, block.norm2)):
         return _NORM
     return None if type(block.nonlinearity) is nn.SiLU else _NOT_SILU
+
+
+def convolution_reason(convolution: nn.Conv2d) -> Reason | None:
+    """None where it can be a `Conv2d` of ours."""
+    c = convolution
+    plain = c.stride == c.padding == c.dilation == (1, 1) and c.groups == 1 and c.padding_mode == "zeros"
+    return None if plain and c.kernel_size == (3, 3) else Reason("the device's own library convolves")
 
 
 def transformer_reason(transformer: nn.Module) -> Reason | None:

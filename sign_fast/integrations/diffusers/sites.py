@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from ...kernels.dispatch import Reason
 from .attention import Attention, attention_reason, kernel_reason
 from .modules import (
+    Conv2d,
     GroupNorm,
     GroupNormSiLU,
     ResnetBlock2D,
     SiLU,
     Transformer2DModel,
+    convolution_reason,
     follower_of,
     resnet_reason,
     transformer_reason,
@@ -30,7 +32,9 @@ CLASS = "_sign_fast_class"
 _NORM, _NORM_SILU, _SUM, _ATTENTION = "GroupNorm", "GroupNorm–SiLU", "residual sum", "attention"
 _ONE_PASS = "functional.group_norm_silu"
 _JOINED = "functional.residual_group_norm_silu, with the next norm"
-_LEFT_ON_REQUEST = Reason("accelerate was told to leave it", "call it again with attention=True")
+_LEFT_ON_REQUEST = Reason(
+    "accelerate was told to leave it", "call it again without attention=False, channels_last=False"
+)
 _OVERRIDDEN = Reason("its forward is overridden on the instance", "accelerate before what overrides it")
 _FORMAT = Reason("its weight is not in channels_last", "call accelerate again with channels_last=True")
 _DERIVED = Reason("a class derived from diffusers', whose forward may differ")
@@ -71,6 +75,9 @@ def candidates(model: nn.Module) -> Iterator[Candidate]:
         elif isinstance(module, attention_processor.Attention):
             ours_too = (attention_processor.Attention, Attention, attention_reason(module))
             yield _candidate(name, module, _ATTENTION, "functional.attention", *ours_too)
+        elif type(module) in (nn.Conv2d, Conv2d) and convolution_reason(module) is None:  # type: ignore[arg-type]
+            uses = "functional.convolution in float32 on the CPU, else the device's library"
+            yield _candidate(name, module, "3×3 convolution", uses, nn.Conv2d, Conv2d, None)
         elif isinstance(module, nn.LayerNorm) or plain.__name__ == "GEGLU":
             yield Candidate(name, module, plain.__name__, "", None, _NONE_OF_OURS)
 
@@ -89,7 +96,7 @@ def look(model: nn.Module, prefix: str) -> Iterator[Found]:
         reason = parameter_reason(parameter)
         if reason is None and not parameter.is_contiguous(memory_format=torch.channels_last):
             reason = _FORMAT
-        yield Found(".".join(filter(None, (prefix, name))), "convolution", "channels_last", reason)
+        yield Found(".".join(filter(None, (prefix, name))), "convolution weight", "channels_last", reason)
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
