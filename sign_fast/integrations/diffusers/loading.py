@@ -33,6 +33,7 @@ _CLASSES = {
 }
 _LEFT_ASIDE = ("safety_checker", "feature_extractor", "image_encoder")
 _WEIGHTS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+_WORDS = ("vocab.json", "merges.txt")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 
 
@@ -149,6 +150,9 @@ def _load(root: Path, name: str, listed: list[str], dtype: torch.dtype | None, v
         return _load_model(cls, place, dtype, variant)
     if name == "scheduler":
         _read_json(place / "scheduler_config.json")
+    elif not (place / "tokenizer.json").is_file() and not all((place / n).is_file() for n in _WORDS):
+        # without its words transformers would make one that knows none
+        raise SignFastError(f"{place} holds neither tokenizer.json nor {' and '.join(_WORDS)}: copy the pipeline again")
     try:
         return cls.from_pretrained(str(place), local_files_only=True)
     except Exception as error:  # whatever a damaged file makes another library raise

@@ -1,0 +1,505 @@
+"""Pipelines' folders: written whole, read as data, refused in one line where damaged, hostile or of unequal parts."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiTTransformer2DModel,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from safetensors.torch import load_file, save_file
+
+from sign_fast.errors import SignFastError
+from sign_fast.integrations.diffusers import SiDPipeline
+from sign_fast.integrations.diffusers import saving as saving_module
+from sign_fast.integrations.diffusers.loading import load_parts
+from sign_fast.integrations.diffusers.parts import LatentScale
+from sign_fast.integrations.diffusers.prompts import PromptEncoder
+from tests.golden_rules import normal
+from tests.integrations.diffusers import tiny
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """A student's folder of SD1.5's kind, as a distillation leaves it; leave it as it is."""
+    folder = tmp_path_factory.mktemp("student") / "sd15"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        SiDPipeline.from_pretrained(tiny.folder("sd15")).save_pretrained(folder, card="# A student\n")
+    return folder
+
+
+@pytest.fixture
+def copied(student, tmp_path):
+    return shutil.copytree(student, tmp_path / "copy")
+
+
+def edit(path, **changes):
+    """Change entries of a JSON file; those that become ... are removed."""
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not ...}))
+
+
+def refused(folder, message, **options):
+    with pytest.raises(SignFastError, match=message) as caught:
+        SiDPipeline.from_pretrained(folder, **options)
+    assert "\n" not in str(caught.value)
+
+
+def shown(pipe):
+    return pipe("a cat", num_inference_steps=2, seeds=1, output_type="np").images
+
+
+# ---- written and read ----
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_round_trip(kind, tmp_path):
+    with pytest.warns(UserWarning, match="is a StableDiffusion(XL)?Pipeline, not a distilled student"):
+        pipe = SiDPipeline.from_pretrained(tiny.folder(kind), num_inference_steps=2, noise_type="ddim")
+    pipe.save_pretrained(tmp_path / "new")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = SiDPipeline.from_pretrained(tmp_path / "new")
+    assert (again.config.num_inference_steps, again.config.noise_type) == (2, "ddim")
+    assert again.config.vae_scaling_factor == (0.13025 if kind == "sdxl" else 0.18215) and again.config.vae_pixels == 8
+    assert np.array_equal(shown(again), shown(pipe))
+    assert str(tmp_path.parent) not in (tmp_path / "new" / "model_index.json").read_text()
+    assert sorted(os.listdir(tmp_path)) == ["new"]  # nothing temporary is left
+
+
+def test_a_student_in_a_teachers_folder(student):
+    unet = tiny.unet("sd15")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe = SiDPipeline.from_pretrained(tiny.folder("sd15"), unet=unet)
+    assert pipe.unet is unet
+
+
+def test_diffusers_own_pipeline_reads_the_parts(student):
+    parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    plain = StableDiffusionPipeline.from_pretrained(student, **parts)
+    assert plain("a cat", num_inference_steps=2, output_type="np").images.shape == (1, 64, 64, 3)
+
+
+def test_half_precision_shards_and_variants(student, tmp_path):
+    pipe = SiDPipeline.from_pretrained(student, dtype=torch.bfloat16)
+    pipe.save_pretrained(tmp_path / "new", variant="bf16", max_shard_size="300KB")
+    names = sorted(path.name for path in (tmp_path / "new" / "unet").iterdir())
+    assert any("of-" in name for name in names) and any("index" in name for name in names)
+    again = SiDPipeline.from_pretrained(tmp_path / "new", variant="bf16", torch_dtype=torch.bfloat16)
+    assert again.unet.dtype == again.vae.dtype == torch.bfloat16 and np.array_equal(shown(again), shown(pipe))
+    refused(tmp_path / "new", "holds no .*, though .*bf16.*: give its variant")
+
+
+def test_an_older_pipeline_is_replaced_and_what_else_lies_there_kept(copied, tmp_path):
+    (copied / "samples").mkdir()
+    (copied / "samples" / "1.png").write_bytes(b"png")
+    (copied / "unet" / "old.safetensors").write_bytes(b"old")
+    pipe = SiDPipeline.from_pretrained(copied)
+    with torch.no_grad():
+        pipe.unet.conv_out.bias.add_(1)
+    pipe.save_pretrained(copied)
+    assert (copied / "README.md").read_text() == "# A student\n"
+    assert (copied / "samples" / "1.png").read_bytes() == b"png" and not (copied / "unet" / "old.safetensors").exists()
+    assert torch.equal(SiDPipeline.from_pretrained(copied).unet.conv_out.bias, pipe.unet.conv_out.bias)
+    pipe.save_pretrained(copied, card="# Another\n")
+    assert (copied / "README.md").read_text() == "# Another\n"
+
+
+def test_a_save_that_fails_leaves_the_older_one(copied, monkeypatch):
+    pipe = SiDPipeline.from_pretrained(copied)
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+
+    def full(path, class_name):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saving_module, "_say_class", full)
+    with pytest.raises(SignFastError, match="the disk is full"):
+        pipe.save_pretrained(copied)
+    assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
+    assert os.listdir(copied.parent) == [copied.name]
+
+
+def test_what_a_save_refuses(student, tmp_path):
+    pipe = SiDPipeline.from_pretrained(student)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years")
+    for folder, message in ((tmp_path / "mine", "holds other files"), (tmp_path / "mine" / "thesis.tex", "is a file")):
+        with pytest.raises(SignFastError, match=message):
+            pipe.save_pretrained(folder)
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years"
+    for options in ({"safe_serialization": False}, {"push_to_hub": True}, {"use_flashpack": True}):
+        with pytest.raises(SignFastError):
+            pipe.save_pretrained(tmp_path / "new", **options)
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    pipe.load_lora_weights({f"{layer}.lora_A.weight": normal(7, 4, 64), f"{layer}.lora_B.weight": normal(8, 64, 4)})
+    with pytest.raises(SignFastError, match=r"the unet has adapters: call fuse_lora\(\) and unload_lora_weights\(\)"):
+        pipe.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "new")
+    assert np.abs(shown(SiDPipeline.from_pretrained(tmp_path / "new")) - shown(pipe)).max() <= 1e-5
+
+
+class Renamed(UNet2DConditionModel):
+    """A network whose class is another's meanwhile, as an accelerated one's."""
+
+
+def test_classes_of_ours_are_saved_as_diffusers(student, tmp_path):
+    pipe = SiDPipeline.from_pretrained(student)
+    pipe.unet.__class__ = Renamed
+    SiDPipeline(**pipe.components).save_pretrained(tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "model_index.json").read_text())["unet"] == [
+        "diffusers",
+        "UNet2DConditionModel",
+    ]
+    assert json.loads((tmp_path / "new" / "unet" / "config.json").read_text())["_class_name"] == "UNet2DConditionModel"
+    assert type(SiDPipeline.from_pretrained(tmp_path / "new").unet) is UNet2DConditionModel
+
+
+# ---- missing and damaged ----
+
+
+@pytest.mark.parametrize(
+    ("gone", "message"),
+    [
+        ("model_index.json", "model_index.json is missing: name a whole pipeline folder"),
+        ("unet", "unet is missing"),
+        ("unet/config.json", "config.json is missing"),
+        (UNET, "unet holds no diffusion_pytorch_model.safetensors: copy the pipeline again"),
+        ("text_encoder/model.safetensors", "text_encoder holds no model.safetensors"),
+        ("tokenizer", "tokenizer is missing"),
+        ("tokenizer/tokenizer.json", "tokenizer holds neither tokenizer.json nor vocab.json and merges.txt"),
+        ("scheduler/scheduler_config.json", "scheduler_config.json is missing"),
+    ],
+)
+def test_missing_files(copied, gone, message):
+    path = copied / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    refused(copied, message)
+
+
+def test_no_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(tmp_path / "none", "none is not there: name a pipeline's folder with model_index.json")
+    refused(tmp_path / "file", "file is a file")
+    refused("stabilityai/sdxl-turbo", "is not there")
+    refused(tmp_path, "nothing is fetched", local_files_only=False)
+
+
+@pytest.mark.parametrize(
+    "name", ["model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"]
+)
+@pytest.mark.parametrize("content", ["", "{", "[]", '"text"', "\xff", "[" * 100_000], ids=range(6))
+def test_damaged_json(copied, name, content):
+    (copied / name).write_bytes(content.encode("latin-1"))
+    refused(copied, f"{os.path.basename(name)} is (not readable as JSON|no table of settings).*: copy it again")
+
+
+@pytest.mark.parametrize("name", [UNET, "text_encoder/model.safetensors"])
+@pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.999])
+def test_truncated_weights(copied, name, share):
+    data = (copied / name).read_bytes()
+    (copied / name).write_bytes(data[: int(share * len(data))])
+    refused(copied, f"{name.split('/')[0]} cannot be loaded as .*: copy it again")
+
+
+def test_weights_of_another_network(copied):
+    tensors = load_file(copied / UNET)
+    save_file({name: t for name, t in tensors.items() if not name.startswith("conv_out")}, copied / UNET)
+    refused(copied, "unet lacks conv_out.bias, conv_out.weight: weights and configuration are of different networks")
+    save_file({**tensors, "conv_out.bias": torch.zeros(7)}, copied / UNET)
+    refused(copied, "unet cannot be loaded as UNet2DConditionModel")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_out_channels": "ab"}, "unet cannot be loaded"),
+        ({"down_block_types": ["NoBlock", "DownBlock2D"]}, "unet cannot be loaded"),
+        ({"sample_size": None}, "sample_size must be a whole number above 0"),
+        ({"quantization_config": {"load_in_4bit": True}}, "unet is quantized"),
+        ({"in_channels": 9}, "unet cannot be loaded"),
+        ({"class_embed_type": "timestep"}, "unet lacks class_embedding.linear_1.bias"),
+    ],
+)
+def test_configurations_of_a_network(copied, changes, message):
+    edit(copied / "unet" / "config.json", **changes)
+    refused(copied, message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class_embed_type": "timestep"}, "has class_embed_type='timestep', which is not supported"),
+        ({"num_class_embeds": 4}, "has num_class_embeds=4, which is not supported"),
+        ({"addition_embed_type": "text"}, "has addition_embed_type='text', which is not supported"),
+        ({"in_channels": 9}, "the UNet takes 9 and gives 4 channels, the VAE has 4"),
+        ({"out_channels": 8}, "the UNet takes 4 and gives 8 channels, the VAE has 4"),
+        ({"cross_attention_dim": (16, 24)}, r"embeddings of 16 numbers, the UNet takes \(16, 24\)"),
+    ],
+)
+def test_networks_for_other_things(student, changes, message):
+    refused(student, message, unet=UNet2DConditionModel(**{**tiny.UNET, **changes}))
+
+
+# ---- parts that are not supported or do not fit ----
+
+
+def test_other_kinds_of_pipelines(copied):
+    index = copied / "model_index.json"
+    edit(index, transformer=["diffusers", "SD3Transformer2DModel"])
+    refused(copied, r"has a transformer \('SD3Transformer2DModel'\), which is not supported")
+    edit(index, transformer=..., unet=["diffusers", "UNet2DModel"])
+    refused(copied, "its unet is diffusers.UNet2DModel, which is not supported: it must be UNet2DConditionModel")
+    edit(index, unet=["diffusers", "UNet2DConditionModel"], scheduler=["diffusers", "UNet2DModel"])
+    refused(copied, "its scheduler is diffusers.UNet2DModel")
+    edit(index, scheduler=["diffusers", "NoSuchScheduler"])
+    refused(copied, "diffusers has no NoSuchScheduler")
+    edit(index, scheduler=[None, None])
+    refused(copied, "names no scheduler: a pipeline needs vae, text_encoder, tokenizer, unet, scheduler")
+    edit(index, scheduler=["diffusers"])
+    refused(copied, r"scheduler must be \[library, class\]")
+
+
+def test_what_is_left_aside(copied):
+    edit(copied / "model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
+    edit(copied / "model_index.json", feature_extractor=["transformers", "CLIPImageProcessor"])
+    SiDPipeline.from_pretrained(copied)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (lambda: DDPMScheduler(prediction_type="sample"), "prediction_type 'sample': it must be epsilon, v_prediction"),
+        (lambda: DDPMScheduler(num_train_timesteps=500), "has 500 steps: few-step generation is defined on 1000"),
+        (lambda: DDPMScheduler(trained_betas=[2.0] * 1000), "betas make no noise schedule"),
+        (lambda: EDMEulerScheduler(), "has no DDPM noise schedule"),
+    ],
+    ids=["sample", "500", "betas", "edm"],
+)
+def test_wrong_predictions_and_schedules(student, scheduler, message):
+    refused(student, message, scheduler=scheduler())
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "prediction"),
+    [
+        (lambda: FlowMatchEulerDiscreteScheduler(shift=3.0), "flow"),
+        (lambda: DDPMScheduler(**tiny.SCHEDULE, prediction_type="flow_prediction"), "flow"),
+        (lambda: DDPMScheduler(**tiny.SCHEDULE, prediction_type="v_prediction"), "v"),
+        (lambda: DDPMScheduler(**tiny.SCHEDULE), "epsilon"),
+    ],
+    ids=["flow-match", "flow", "v", "epsilon"],
+)
+def test_predictions(student, scheduler, prediction):
+    parts = load_parts(student, scheduler=scheduler())
+    assert parts.prediction == prediction and (parts.alpha_bars is None) == (prediction == "flow")
+    assert SiDPipeline(**parts.components()).engine.prediction == prediction
+
+
+@pytest.mark.parametrize("factor", [0, -0.18215, "0.18", None, float("inf"), True], ids=str)
+def test_scales_that_are_none(copied, factor):
+    edit(copied / "model_index.json", vae_scaling_factor=...)
+    edit(copied / "vae" / "config.json", scaling_factor=factor)
+    refused(copied, "the VAE's scaling_factor must be a number above 0")
+
+
+def test_a_vae_that_does_not_match(student, copied):
+    refused(
+        student,
+        "the VAE does not match: its scaling_factor is 0.13025, the student was distilled for 0.18215",
+        vae=tiny.vae(0.13025),
+    )
+    shallow = AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, latent_channels=4,
+    )  # fmt: skip
+    refused(student, "the VAE does not match: its pixels is 2, the student was distilled for 8", vae=shallow)
+    wide = AutoencoderKL(norm_num_groups=4, block_out_channels=(8,), latent_channels=16)
+    refused(student, "the UNet takes 4 and gives 4 channels, the VAE has 16", vae=wide)
+    edit(copied / "vae" / "config.json", latents_mean=[0.0], latents_std=[1.0] * 4)
+    refused(copied, "latents_mean and latents_std must be 4 numbers")
+
+
+def test_parts_of_others(student):
+    refused(
+        student,
+        "the unet is a DiTTransformer2DModel, which is not supported",
+        unet=DiTTransformer2DModel.__new__(DiTTransformer2DModel),
+    )
+    refused(student, "the text encoders give embeddings of 16 numbers, the UNet takes 32", unet=tiny.unet("sdxl"))
+    refused(student, "text_encoder_2 and tokenizer_2 go together", text_encoder_2=tiny.text_encoder(projection=12))
+    refused(tiny.folder("sdxl"), "the UNet takes 36 numbers of pooled text and sizes, but gets 33",
+            text_encoder_2=tiny.text_encoder(projection=9))  # fmt: skip
+    refused(student, "a pipeline has no part|takes no vqvae", vqvae=None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_safetensors": False}, "would read pickles"),
+        ({"torch_dtype": "half"}, "torch_dtype must be a torch.dtype"),
+        ({"torch_dtype": torch.float16, "dtype": torch.float16}, "are one option"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be 1 to 4"),
+        ({"noise_type": "old"}, "noise_type must be fresh, fixed or ddim"),
+        ({"device_map": "balanced"}, "from_pretrained takes no device_map"),
+        ({"custom_pipeline": "mine"}, "from_pretrained takes no custom_pipeline"),
+        ({"trust_remote_code": True}, "from_pretrained takes no trust_remote_code"),
+    ],
+    ids=["pickles", "dtype", "dtypes", "steps", "noise", "device_map", "custom", "trust"],
+)
+def test_options(student, options, message):
+    refused(student, message, **options)
+
+
+# ---- hostile ----
+
+
+class Harmful:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "pytorch_model.bin", "model.ckpt"])
+def test_pickles_are_not_read(copied, tmp_path, name):
+    (copied / UNET).unlink()
+    (copied / "unet" / name).write_bytes(pickle.dumps(Harmful(str(tmp_path / "harm"))))
+    refused(copied, f"holds {name} and no .*: a pickle can run code and is not read")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_code_in_the_folder_does_not_run(copied, tmp_path):
+    harm = f"open({str(tmp_path / 'harm')!r}, 'w')\n"
+    for place in (".", "unet", "tokenizer", "scheduler"):
+        for name in ("pipeline.py", "diffusers.py", "transformers.py", "modeling.py", "UNet2DConditionModel.py"):
+            (copied / place / name).write_text(harm)
+    edit(copied / "unet" / "config.json", auto_map={"AutoModel": "modeling.Model"})
+    edit(copied / "text_encoder" / "config.json", auto_map={"AutoModel": "modeling.Model"})
+    edit(copied / "tokenizer" / "tokenizer_config.json", auto_map={"AutoTokenizer": ["modeling.Model", None]})
+    SiDPipeline.from_pretrained(copied)
+    for value in (["pipeline", "MyPipeline"], {"a": 1}, None):
+        edit(copied / "model_index.json", _class_name=value)
+        refused(copied, "as its pipeline, code of its own, which is never run")
+    edit(copied / "model_index.json", _class_name="SiDPipeline", unet=["modeling", "UNet2DConditionModel"])
+    refused(copied, "its unet is modeling.UNet2DConditionModel, which is not supported")
+    edit(copied / "model_index.json", unet=["os", "system"])
+    refused(copied, "its unet is os.system, which is not supported")
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["../../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..\\x.safetensors", "model.bin"]
+)
+def test_shards_outside_of_the_folder(copied, name):
+    (copied / UNET).rename(copied.parent / "secret.safetensors")
+    index = {"metadata": {}, "weight_map": {"conv_in.weight": name}}
+    (copied / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    refused(copied, "which is no safetensors file of its folder: do not trust it")
+
+
+@pytest.mark.parametrize("weight_map", [None, {}, {"a": 1}, ["a"]], ids=range(4))
+def test_damaged_shards(copied, weight_map):
+    (copied / UNET).unlink()
+    index = copied / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    refused(copied, "names no files of weights")
+    index.write_text(json.dumps({"weight_map": {"conv_in.weight": "part.safetensors"}}))
+    refused(copied, "part.safetensors is missing")
+
+
+def test_an_adapter_would_fetch_its_network(copied):
+    (copied / "text_encoder" / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else"}')
+    refused(copied, "text_encoder is an adapter, whose network would be fetched")
+
+
+# ---- scales and prompts ----
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [LatentScale(0.18215), LatentScale(1.5, 0.06), LatentScale(0.5, 0, (0.1, -0.2, 0.3, 0.0), (0.5, 1.0, 2.0, 1.5))],
+    ids=["factor", "shift", "statistics"],
+)
+def test_latent_scales(scale):
+    z = normal(1, 2, 4, 3, 3)
+    mean = torch.tensor(scale.mean or [scale.shift] * 4)[:, None, None]
+    std = torch.tensor(scale.std or [1.0] * 4)[:, None, None]
+    torch.testing.assert_close(scale.to_vae(z), z * std / scale.factor + mean)
+    torch.testing.assert_close(scale.from_vae(scale.to_vae(z)), z)
+
+
+def test_prompts(student):
+    encoder = PromptEncoder(SiDPipeline.from_pretrained(student))
+    prompts = ["a cat", "", "the dog"] * 3
+    whole, parts = encoder.encode(prompts), encoder.encode(prompts, chunk=2)
+    assert whole.states.shape == (9, 16, 16) and torch.allclose(whole.states, parts.states, atol=1e-6)
+    assert torch.allclose(whole.states[1], encoder.unconditional().states[0], atol=1e-6)
+    assert encoder.max_tokens == tiny.TOKENS
+    for bad, message in (
+        ([], "no prompts"),
+        ("a cat", "must be a list"),
+        ([1], "prompt 1 is no text"),
+        (None, "must be a list"),
+    ):
+        with pytest.raises(SignFastError, match=message):
+            encoder.encode(bad)
+    with pytest.raises(SignFastError, match=r"prompt 'the dog .* has 22 tokens, of which 16 are read: shorten it"):
+        encoder.encode(["a cat", "the dog " * 10], strict=True)
+    with pytest.raises(SignFastError, match="chunk must be at least 1"):
+        encoder.encode(prompts, chunk=0)
+
+
+def test_prompts_of_parts_by_name(tmp_path):
+    parts = tiny.components("sdxl", tmp_path)
+    encoder = PromptEncoder({name: part for name, part in parts.items() if name not in ("unet", "vae")})
+    with pytest.raises(SignFastError, match="SDXL is told the images' size: give size"):
+        encoder.encode(["a cat"])
+    text = encoder.encode(["a cat"], size=(40, 72))
+    assert text.time_ids.tolist() == [[40, 72, 0, 0, 40, 72]] and text.states.shape == (1, 16, 32)
+    assert PromptEncoder(parts).encode(["a cat"]).time_ids.tolist() == [[64, 64, 0, 0, 64, 64]]
+    for lacking in ("text_encoder", "tokenizer_2"):
+        with pytest.raises(SignFastError, match="prompts need a tokenizer and a text encoder"):
+            PromptEncoder({**parts, lacking: None})
+    parts["tokenizer"].add_tokens(["<new>"])
+    with pytest.raises(SignFastError, match="the tokenizer has 524 words, its text encoder 523"):
+        PromptEncoder(parts)
+
+
+def test_an_empty_prompt_of_sdxl_is_zeros_where_its_pipeline_says_so(tmp_path):
+    parts = load_parts(tiny.folder("sdxl"))
+    zeros = PromptEncoder(parts).unconditional()
+    assert not zeros.states.any() and not zeros.pooled.any() and zeros.time_ids.tolist() == [[64, 64, 0, 0, 64, 64]]
+    assert PromptEncoder(parts.components()).unconditional().states.any()
+    pipe = SiDPipeline(**parts.components(), force_zeros_for_empty_prompt=True)
+    assert not PromptEncoder(pipe).unconditional().states.any()
+
+
+def test_nothing_of_diffusers_is_imported_before_it_is_used():
+    code = (
+        "import sys; import sign_fast.integrations.diffusers.loading, sign_fast.integrations.diffusers.prompts, "
+        "sign_fast.sampling.latent_engine; assert not {'diffusers', 'transformers', 'peft'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
