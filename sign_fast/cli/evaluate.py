@@ -97,6 +97,10 @@ def evaluate(
         metrics = [] if metric is None and reference is None else check_metrics(metric or "fid")
     else:
         metrics = check_metrics("fid" if metric is None else metric)
+    if metrics == ["is"] and reference is not None:
+        raise SignFastError(
+            "the inception score compares with nothing: leave --reference away, or name a --metric more"
+        )
     if record and not metrics:
         raise SignFastError("--record needs something to record: name a --metric")
     protocol = Protocol(kid_subsets, kid_subset_size, kid_seed, splits, neighbours)
@@ -112,16 +116,17 @@ def evaluate(
         found = job.image_features(save_reference is not None, save_features)
     if not process.first:
         return
-    facts = {**job.values(found, of_reference), **job.facts}
+    figures = job.values(found, of_reference)
+    facts = {**figures, **job.facts}
+    if record and network is not None:
+        from ..checkpoints.card import record as write_card
+
+        write_card(network, quality=facts)
     if save_reference is not None:
         from ..metrics.reference import save_reference as write_reference
 
         write_reference(save_reference, found, job.detector, features=save_features)
         facts["saved"] = str(save_reference)
-    if record and network is not None:
-        from ..checkpoints.card import record as write_card
-
-        write_card(network, quality=facts)
     click.echo(json.dumps(facts, ensure_ascii=False) if as_json else _line(facts))
 
 

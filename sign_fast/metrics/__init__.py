@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .evaluation import Protocol, check_metrics, evaluate
     from .features import Collected, collect
     from .frechet import FeatureStatistics, frechet_distance
-    from .images import ImageSource, open_images
+    from .images import GeneratedImages, ImageSource, open_images
     from .kernel import kernel_distance
     from .manifold import precision_recall
     from .reference import Reference, read_reference, save_reference
@@ -21,6 +21,7 @@ _LAZY = {
     "Detector": "detectors",
     "DigitsDetector": "detectors",
     "FeatureStatistics": "frechet",
+    "GeneratedImages": "images",
     "ImageSource": "images",
     "InceptionDetector": "detectors",
     "Protocol": "evaluation",
@@ -42,6 +43,7 @@ __all__ = [
     "Detector",
     "DigitsDetector",
     "FeatureStatistics",
+    "GeneratedImages",
     "ImageSource",
     "InceptionDetector",
     "Protocol",

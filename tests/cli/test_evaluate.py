@@ -157,6 +157,7 @@ def test_bad_arguments(tmp_path, capfd, network):
         (["--images", colour, *own, "--reference", statistics(tmp_path / "b.npz", 9)], "has 9 features an image"),
         (["--images", colour, *own, "--metric", "is"], "in 10 parts needs as many images, not 5"),
         (["--images", colour, *own, "--reference", colour, "--metric", "kid", "--kid-subset-size", 6], "not 5"),
+        (["--images", colour, *own, "--metric", "is", "--reference", colour], "compares with nothing"),
         (["--images", colour, *own, "--reference", moments, "--num", 6], "holds 5 images, not 6"),
         (["--images", tmp_path / "nowhere", *own, "--reference", moments], "no data set at"),
         (["--images", colour, "--inception", tmp_path / "no.pt"], "no Inception file"),
