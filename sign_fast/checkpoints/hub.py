@@ -7,6 +7,7 @@ because it is optional, and nothing happens at import here; so a network becomes
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -123,6 +124,10 @@ def save(net: Any, folder: str | os.PathLike[str], config: dict[str, Any] | None
     facts = {**net.facts, **(config or {})}
     if taken := {"format", "cls", "kwargs"} & facts.keys():
         raise SignFastError(f"{', '.join(sorted(taken))} of config.json are the network's own: leave them away")
+    try:
+        json.dumps(facts, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise SignFastError(f"config.json cannot hold these entries: {first_line(error)}") from error
     text = card.model_card(
         folder.resolve().name, {"cls": type(net).__name__, "kwargs": net.init_kwargs(), **facts}, hub=True
     )

@@ -9,7 +9,7 @@ import click
 
 from ..errors import SignFastError
 
-_KEPT = ("role", "sampling", "trained", "quality", "source")
+_KEPT = ("trained", "quality", "source")
 _STUDENT = {"steps": 1, "sigma": 2.5}  # SiD's one-step generation
 
 
@@ -46,8 +46,8 @@ def convert(
     if key is not None and not place.is_file():
         raise SignFastError(f"--key names an entry of a published snapshot, which {network} is not: leave it away")
     config, _, state = read_network(place, key)
-    facts = {name: config[name] for name in _KEPT if name in config}
-    facts |= _facts(place, config, role, steps, sigma)
+    facts = _facts(place, config, role, steps, sigma)
+    facts |= {name: config[name] for name in _KEPT if name in config}
     if place.is_file():
         facts["source"] = _source(place, key)
     card = model_card(target.name, {**config, **facts}, hub=True)
@@ -81,7 +81,7 @@ def _facts(
         sampling["steps"] = steps
     if sigma is not None:
         sampling["sigma"] = sigma
-    return {"role": role, "sampling": sampling} if sampling or before else {"role": role}
+    return {"role": role, "sampling": sampling} if sampling else {"role": role}
 
 
 def _source(place: Path, key: str | None) -> dict[str, Any]:

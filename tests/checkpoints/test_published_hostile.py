@@ -73,6 +73,9 @@ HARMLESS = {"os.listdir", "os.scandir"}
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))  # a bomb ends as a MemoryError
 sys.addaudithook(watch)
+exec("pass"), os.system("true"), open(os.devnull, "w").close()
+assert {"exec", "os.system", "open"} <= {event for event, _ in events}, events  # the watch sees
+events.clear()
 results = {path.name: load(path) for path in paths}
 armed = False
 print(json.dumps({"results": results, "events": [e for e in events if e[0] not in HARMLESS]}))
