@@ -91,6 +91,7 @@ class TextDistiller(Run):
         self.shape = (parts.latent_shape[0], size // parts.pixels, size // parts.pixels)
         self._unet, self._folder_of_teacher = (type(parts.unet), parts.unet.config), Path(settings.teacher)
         self._vae, self._scale, self._parts = parts.vae.eval().requires_grad_(False), parts.scale, parts
+        self._said = {"vae_scaling_factor": parts.scaling_factor, "vae_pixels": parts.pixels}
         self._source = TextSource(parts, settings, size)
         with raised_together(device), warnings.catch_warnings():
             if rank:
@@ -265,7 +266,7 @@ class TextDistiller(Run):
             "iterations": self.iteration,
             "images": self.iteration * s.batch,
         }
-        settings = {"num_inference_steps": s.steps, "noise_type": s.noise_type}
+        settings = {"num_inference_steps": s.steps, "noise_type": s.noise_type, **self._said}
         card = card_of(f"{self.folder.name}", trained, s.steps)
         save_pipeline(self.folder / name, self._folder_of_teacher, *self._unet, state, settings, card)
 
