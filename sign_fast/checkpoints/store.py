@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import SignFastError, first_line
+from ..errors import SignFastError, first_line, short
 from ..models.precond import Precond
 from ..models.presets import CLASSES, preset_names
 from . import published
@@ -78,13 +78,24 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SignFastError(f"{path} is not readable as JSON ({first_line(error)}): copy it again") from error
     if not isinstance(config, dict) or config.get("format") != _FORMAT:
         raise SignFastError(f'{path} does not say "format": "{_FORMAT}": it is not a network of this library')
     if config.get("cls") not in CLASSES or not isinstance(config.get("kwargs"), dict):
         raise SignFastError(f"{path}: cls must be one of {', '.join(CLASSES)} and kwargs a table")
+    _check_use(config, path)
     return config
+
+
+def _check_use(config: dict[str, Any], path: Path) -> None:
+    """What the folder says of how images are made with the network."""
+    role, sampling = config.get("role", "student"), config.get("sampling", {})
+    if role not in ("teacher", "student"):
+        raise SignFastError(f"{path}: role must be teacher or student, not {short(role)}")
+    numbers = isinstance(sampling, dict) and all(type(v) in (int, float) for v in sampling.values())
+    if not numbers or not sampling.keys() <= {"steps", "sigma"} or type(sampling.get("steps", 1)) is not int:
+        raise SignFastError(f"{path}: sampling must be a table of steps, a whole number, and sigma")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
