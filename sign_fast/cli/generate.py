@@ -16,10 +16,19 @@ _ABLATION_OPTIONS = ["solver", "discretization", "schedule", "scaling"]
 
 
 @click.command()
-@click.option("--network", required=True, help="Folder with config.json and model.safetensors, or a bundled name.")
+@click.option(
+    "--network", required=True,
+    help="Folder with config.json and model.safetensors, a bundled name, or a text-to-image pipeline's folder.",
+)  # fmt: skip
 @click.option("--outdir", required=True, type=click.Path(path_type=Path), help="Where the images go.")
 @click.option("--seeds", default=None, metavar="LIST", help="Seeds, e.g. 0-63,70; one an image.  [default: 0-63]")
 @click.option("--num", type=click.IntRange(min=1), help="The first NUM of the seeds; without --seeds, 0 to NUM-1.")
+@click.option("--prompt", help="Text of all images (pipeline).")
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help="Prompts, one an image: a text file's lines or Parquet (pipeline).",
+)
 @click.option("--subdirs", is_flag=True, help="A folder for every 1000 seeds.")
 @click.option("--class", "class_idx", type=int, help="Class label of all images.  [default: drawn from each seed]")
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images a batch.")
@@ -53,6 +62,8 @@ def generate(
     outdir: Path,
     seeds: str | None,
     num: int | None,
+    prompt: str | None,
+    prompts: Path | None,
     subdirs: bool,
     class_idx: int | None,
     batch: int,
@@ -73,19 +84,32 @@ def generate(
     \b
     sign-fast generate --network digits-uncond --outdir out --seeds 0-99 --grid out/grid.png
     torchrun --nproc-per-node 4 -m sign_fast.cli generate --network DIR --outdir out --seeds 0-49999 --subdirs
+    sign-fast generate --network PIPELINE --outdir out --seeds 0-3 --steps 4 --prompt "a cat on a mat"
     """
     import torch
 
     from ..sampling import ImageGenerator
     from ..sampling.pictures import check_channels
+    from .generate_text import TextGenerator, is_pipeline, read_texts
 
     process = this_process()
-    wanted = _seeds(seeds, num, noise)
-    generator = ImageGenerator.from_pretrained(network, device_for(process, device), getattr(torch, dtype), noise)
-    sampler, options = _sampler(generator, sigma_G, teacher)
-    options |= {"steps": steps, "labels": class_idx, "sampler": sampler}
-    generator.check(wanted, **options)
-    check_channels(generator.image_shape[0])
+    where, precision = device_for(process, device), getattr(torch, dtype)
+    generator: Any
+    options: dict[str, Any]
+    if is_pipeline(network):
+        _refuse_for_pipelines({**teacher, "sigma_G": sigma_G, "class": class_idx}, noise)
+        texts = read_texts(prompt, prompts, num)
+        wanted = _seeds(seeds, num or (len(texts) if seeds is None else None), noise)
+        generator, options = TextGenerator(network, where, precision, wanted, texts, steps), {}
+    else:
+        if prompt is not None or prompts is not None:
+            raise SignFastError(f"prompts go with a text-to-image pipeline's folder: {network} is none")
+        wanted = _seeds(seeds, num, noise)
+        generator = ImageGenerator.from_pretrained(network, where, precision, noise)
+        sampler, options = _sampler(generator, sigma_G, teacher)
+        options |= {"steps": steps, "labels": class_idx, "sampler": sampler}
+        generator.check(wanted, **options)
+        check_channels(generator.image_shape[0])
     with process_group(process, generator.device.type):
         _run(generator, options, wanted, outdir, subdirs, batch, workers or _cores(), process)
         if process.world > 1:
@@ -105,6 +129,15 @@ def _seeds(text: str | None, num: int | None, noise: Literal["torch", "philox"])
     if text is None:
         text = f"0-{(num or 64) - 1}"
     return check_seeds(parse_seeds(text)[:num], noise=noise)
+
+
+def _refuse_for_pipelines(options: dict[str, Any], noise: str) -> None:
+    given = {name: value for name, value in options.items() if value is not None}
+    if given:
+        names = ", ".join(f"--{'disc' if name == 'discretization' else name}" for name in given)
+        raise SignFastError(f"{names} do not go with a text-to-image pipeline: leave them away")
+    if noise != "torch":
+        raise SignFastError(f"--noise {noise} does not go with a text-to-image pipeline: leave it away")
 
 
 def _sampler(generator: Any, sigma_G: float | None, teacher: dict[str, Any]) -> tuple[str, dict[str, Any]]:

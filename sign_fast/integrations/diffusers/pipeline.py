@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ...errors import SignFastError, short, whole_number
+from ...errors import SignFastError, first_line, short, whole_number
 from ...sampling.latent_engine import LatentEngine, LatentOutput
 from ...sampling.students import StepNoise
 from ...sampling.text import TextConditioning
@@ -30,6 +30,9 @@ _loaders: Any = importlib.import_module("diffusers.loaders")
 _pipelines: Any = importlib.import_module("diffusers.pipelines.pipeline_utils")
 
 PipelineOutput: TypeAlias = Literal["pil", "np", "pt", "latent"]
+
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+"""The file of a folder that a LoRA is read from where none is named, as diffusers' trainers write it."""
 
 _SETTINGS = ("num_inference_steps", "noise_type", "force_zeros_for_empty_prompt", "vae_scaling_factor", "vae_pixels")
 
@@ -307,15 +310,28 @@ class SiDPipeline(
     # ---- what diffusers' pipelines can do ----
 
     def load_lora_weights(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **options: Any) -> None:
-        """As StableDiffusionPipeline's, or SDXL's where there are two text encoders; pickles are not read.
+        """As StableDiffusionPipeline's, or SDXL's where there are two text encoders: from a file, a folder or a dict.
 
         Raises:
-            SignFastError: use_safetensors=False.
+            SignFastError: pickled, not on this machine, or no LoRA of this pipeline.
         """
         if not options.setdefault("use_safetensors", True):
             raise SignFastError("use_safetensors=False would read pickles, which can run code: leave it away")
+        given = pretrained_model_name_or_path_or_dict
+        named: Any = "the dict" if isinstance(given, dict) else Path(given)
+        if isinstance(named, Path):
+            if not named.exists():
+                raise SignFastError(f"no LoRA at {named}: nothing is fetched, name a file or folder on this machine")
+            if named.is_dir():
+                named = named / options.setdefault("weight_name", LORA_WEIGHTS)
+            if named.suffix != ".safetensors" or not named.is_file():
+                raise SignFastError(f"{named} is no safetensors file on this machine: a LoRA is read from one")
+            given = str(given)
         kind = "StableDiffusionLoraLoaderMixin" if self.text_encoder_2 is None else "StableDiffusionXLLoraLoaderMixin"
-        getattr(_loaders, kind).load_lora_weights(self, pretrained_model_name_or_path_or_dict, *args, **options)
+        try:
+            getattr(_loaders, kind).load_lora_weights(self, given, *args, **options)
+        except Exception as error:  # whatever a damaged file makes another library raise
+            raise SignFastError(f"{named} cannot be loaded as a LoRA ({first_line(error)})") from error
 
     def enable_model_cpu_offload(self, *args: Any, **options: Any) -> None:
         """Refused.

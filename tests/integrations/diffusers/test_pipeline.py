@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
+from safetensors.torch import save_file
 
 from sign_fast.errors import SignFastError
-from sign_fast.integrations.diffusers import SiDPipeline
+from sign_fast.integrations.diffusers import SiDPipeline, accelerate
 from sign_fast.integrations.diffusers import pipeline as pipeline_module
 from sign_fast.integrations.diffusers.prompts import PromptEncoder
 from sign_fast.sampling import few_step_latent
@@ -291,13 +293,57 @@ def test_lora_loaded_scaled_fused_and_unloaded(captured):
     assert counts()["graphs"] == 1 and counts()["captures"] == 5
 
 
-def test_pickled_adapters_are_not_read(made, tmp_path):
-    torch.save(lora(1.0), tmp_path / "pytorch_lora_weights.bin")
+class Harmful:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_pickled_adapters_are_not_read(tmp_path):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "pytorch_lora_weights.bin").write_bytes(pickle.dumps(Harmful(str(tmp_path / "harm"))))
     pipe = fresh("sd15")
     with pytest.raises(SignFastError, match="would read pickles"):
-        pipe.load_lora_weights(tmp_path, use_safetensors=False)
-    with pytest.raises(OSError):  # diffusers' own: no safetensors there
-        pipe.load_lora_weights(tmp_path, local_files_only=True)
+        pipe.load_lora_weights(tmp_path / "lora", use_safetensors=False)
+    for named in ({}, {"weight_name": "pytorch_lora_weights.bin"}):
+        with pytest.raises(SignFastError, match="is no safetensors file on this machine"):
+            pipe.load_lora_weights(tmp_path / "lora", **named)
+    with pytest.raises(SignFastError, match="is no safetensors file on this machine"):
+        pipe.load_lora_weights(tmp_path / "lora" / "pytorch_lora_weights.bin")
+    with pytest.raises(SignFastError, match="nothing is fetched"):
+        pipe.load_lora_weights("someone/lora")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_loras_of_files(tmp_path):
+    pipe, first = fresh("sd15"), latents_of(fresh("sd15"), "a cat", num_inference_steps=1, seeds=1)
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    path.write_bytes(b"cut")
+    for source in (tmp_path, path):
+        with pytest.raises(SignFastError, match="cannot be loaded as a LoRA"):
+            pipe.load_lora_weights(source)
+    save_file(lora(1.0), path)
+    shown = []
+    for source in (tmp_path, path):
+        pipe.load_lora_weights(source)
+        shown.append(latents_of(pipe, "a cat", num_inference_steps=1, seeds=1))
+        pipe.unload_lora_weights()
+    assert torch.equal(*shown) and relative_error(shown[0], first) > 1e-3
+
+
+def test_an_accelerated_pipeline(made, captured):
+    pipe, counts = captured
+    given = {"num_inference_steps": 2, "seeds": 1}
+    before = floats(pipe, "a cat", **given)
+    acceleration = accelerate(pipe)
+    assert acceleration.changed
+    with pytest.warns(GraphRecaptureWarning):
+        assert np.abs(floats(pipe, "a cat", **given) - before).max() <= 1e-4
+    assert counts()["captures"] == 2
+    acceleration.restore()
+    assert np.array_equal(floats(pipe, "a cat", **given), before) and counts()["captures"] == 3
 
 
 def test_another_network_is_another_engine(made):
