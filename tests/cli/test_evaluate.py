@@ -133,7 +133,12 @@ def test_what_one_process_meets_ends_all_in_one_line(tmp_path, network):
     words = ["--images", folder, "--inception", network, "--batch", 4, "--save-reference", tmp_path / "ref.npz"]
     done = launch(*words)
     lines = [line for line in done.stderr.splitlines() if "sign-fast: error" in line]
-    assert done.returncode != 0 and len(lines) == 1 and "img00000005.png is not a readable image" in lines[0]
+    assert (
+        done.returncode != 0
+        and len(lines) == 1
+        and "(process 0)" in lines[0]
+        and "img00000005.png is not a readable image" in lines[0]
+    )
     assert not (tmp_path / "ref.npz").exists()
 
 
