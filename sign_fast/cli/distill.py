@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -207,7 +208,13 @@ def _distiller(settings: RunSettings, outdir: Path | None, device: Any, process:
 
         return Distiller(settings, outdir, device, command=command)  # type: ignore[arg-type]
     from ..distill.text_to_image.trainer import TextDistiller
+    from ..integrations.diffusers.versions import require_diffusers
 
+    require_diffusers().utils.logging.disable_progress_bar()  # this process's: bars of files that are read at once
+    with suppress(ImportError):
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
     return TextDistiller(settings, outdir, device, command, _Bars(process))  # type: ignore[arg-type]
 
 

@@ -47,9 +47,9 @@ def read_prompts(path: str | os.PathLike[str], column: str | None = None) -> lis
 
 
 def _checked(prompts: Sequence[Any], file: Path, unit: str) -> list[str]:
-    if not prompts:
-        raise SignFastError(f"{file} holds no prompt: write one a {unit}")
     blank = [i for i, prompt in enumerate(prompts, 1) if prompt is None or not str(prompt).strip()]
+    if len(blank) == len(prompts):
+        raise SignFastError(f"{file} holds no prompt: write one a {unit}")
     if blank:
         more = f" (and {len(blank) - 1} more)" if len(blank) > 1 else ""
         raise SignFastError(f"{file}: {unit} {blank[0]}{more} is blank, which is no prompt: remove it")
