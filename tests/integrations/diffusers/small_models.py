@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
 
 SD15: dict[str, Any] = {
     "sample_size": 16,
@@ -121,3 +122,37 @@ def copy_in(net: nn.Module, dtype: torch.dtype) -> Any:
 
 def rms(x: Tensor) -> float:
     return x.double().square().mean().sqrt().item()
+
+
+def pipeline() -> StableDiffusionPipeline:
+    """Stable Diffusion 1.5's parts, small; prompts come as embeddings, which need no tokenizer."""
+    torch.manual_seed(0)
+    text = CLIPTextModel(
+        CLIPTextConfig(vocab_size=20, hidden_size=24, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    )
+    pipe = StableDiffusionPipeline(
+        vae=autoencoder(),
+        text_encoder=text.eval(),
+        tokenizer=None,
+        unet=unet(SD15),
+        scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def image(pipe: Any, **named: Any) -> torch.Tensor:
+    """One image of two steps with guidance, (1, 3, 32, 32)."""
+    return pipe(
+        prompt_embeds=draw(1, 7, 24, seed=2),
+        negative_prompt_embeds=draw(1, 7, 24, seed=3),
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(3),
+        output_type="pt",
+        height=32,
+        width=32,
+        **named,
+    ).images

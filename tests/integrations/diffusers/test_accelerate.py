@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.utils.checkpoint import checkpoint
 
 from sign_fast.integrations.diffusers import accelerate, restore
@@ -129,7 +130,7 @@ def test_freeu_slicing_masks_and_fused_projections_are_plain_diffusers():
         net.disable_freeu()
         net.set_attention_slice(1)
         found["sliced"] = small.call_unet(net, torch.float64)
-        net.set_default_attn_processor()
+        net.set_attn_processor(AttnProcessor2_0())
         net.fuse_qkv_projections()
         found["fused"] = small.call_unet(net, torch.float64)
         net.unfuse_qkv_projections()

@@ -1,0 +1,116 @@
+"""accelerate of whole pipelines, and of compiled networks."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from sign_fast.errors import SignFastError
+from sign_fast.integrations.diffusers import accelerate, restore
+from sign_fast.kernels import dispatch
+from tests.integrations.diffusers import small_models as small
+from tests.integrations.diffusers.small_models import image, pipeline
+
+
+def test_a_pipelines_images_and_report(monkeypatch):
+    monkeypatch.setattr(dispatch, "_warned", set())
+    pipe = pipeline()
+    want = image(pipe)
+    a = accelerate(pipe)
+    torch.testing.assert_close(image(pipe), want, rtol=1e-4, atol=1e-4)
+    assert {s.name.partition(".")[0] for s in a.changed} == {"unet", "vae"}
+    others = [s for s in a.left if s.kind == "CLIPTextModel"]
+    assert [(s.name, s.reason) for s in others] == [
+        ("text_encoder", "neither a UNet nor an autoencoder with group norms")
+    ]
+    pipe.vae.enable_slicing()
+    pipe.enable_attention_slicing()
+    with pytest.warns(UserWarning, match="its processor is SlicedAttnProcessor"):
+        torch.testing.assert_close(image(pipe), want, rtol=1e-4, atol=1e-4)
+    pipe.disable_attention_slicing()
+    a.restore()
+    assert not any("sign_fast" in type(m).__module__ for part in (pipe.unet, pipe.vae) for m in part.modules())
+    assert not a.changed or {s.kind for s in a.changed} == {"convolution weight"}
+
+
+def test_a_pipeline_without_anything_of_ours_is_refused():
+    pipe = pipeline()
+    pipe.unet = pipe.vae = None
+    with pytest.raises(SignFastError, match="a StableDiffusionPipeline of CLIPTextModel has nothing to accelerate"):
+        accelerate(pipe)
+
+
+def test_an_ip_adapters_processors_run_as_they_are():
+    net = small.unet(small.SD15)
+    accelerate(net)
+    from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+
+    processors = {}
+    for name, processor in net.attn_processors.items():
+        if name.endswith("attn1.processor"):
+            processors[name] = processor
+        else:
+            width = net.config.block_out_channels[0]
+            width = {"mid_block": 64, "up_blocks.0": 64}.get(name[: 9 if name[0] == "m" else 11], width)
+            torch.manual_seed(1)
+            processors[name] = IPAdapterAttnProcessor2_0(width, cross_attention_dim=24, num_tokens=(2,))
+    net.set_attn_processor(processors)
+    other = copy.deepcopy(net)
+    restore(other)
+
+    def call(model: Any) -> torch.Tensor:
+        text = (small.draw(2, 7, 24, seed=2), [small.draw(2, 1, 2, 24, seed=6)])
+        with torch.no_grad():
+            return model(small.draw(2, 4, 16, 16, seed=1), torch.tensor([3, 500]), text).sample
+
+    torch.testing.assert_close(call(net), call(other), rtol=1e-4, atol=1e-4)
+
+
+# one block of each kind: tracing takes longest
+TRACED = small.SD15 | {"layers_per_block": 1, "block_out_channels": (16, 32)}
+
+
+def test_compiled_without_a_break_and_with_other_batches():
+    net = small.unet(TRACED)
+    net64 = small.copy_in(net, torch.float64)
+    accelerate(net)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(net, fullgraph=True, dynamic=True, backend=counter)
+    with torch.no_grad():
+        for batch in (2, 3, 4):
+            x = small.draw(batch, 4, 16, 16, seed=1)
+            got = small.call_unet(compiled, torch.float32, x)
+            torch.testing.assert_close(got.double(), small.call_unet(net64, torch.float64, x), rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 1
+
+
+def test_compiled_gradients():
+    net = small.unet(TRACED)
+    accelerate(net)
+    x = small.draw(2, 4, 16, 16, seed=1).requires_grad_()
+
+    def gradient(model: Any) -> torch.Tensor:
+        return torch.autograd.grad(small.call_unet(model, torch.float32, x).square().sum(), x)[0]
+
+    want = gradient(net)
+    torch._dynamo.reset()
+    got = gradient(torch.compile(net, fullgraph=True, backend="aot_eager"))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+
+
+def test_restoring_a_compiled_network_compiles_anew():
+    a = accelerate(owner := small.autoencoder())
+    net = owner.decoder
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(net, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        compiled(small.draw(2, 4, 8, 8))
+        a.restore()
+        torch.testing.assert_close(compiled(small.draw(2, 4, 8, 8)), net(small.draw(2, 4, 8, 8)))
+    assert counter.frame_count == 2
