@@ -190,7 +190,17 @@ class LatentEngine:
     def _watched(self) -> Iterable[Tensor]:
         """What a graph reads besides its inputs, and a mark that lies elsewhere for every other state."""
         for network in self._networks:
-            yield from network.parameters()
-            yield from network.buffers()
+            yield from _tensors(network)
         # kept for good: an address that is used again would take one state for another
         yield self._marks.setdefault(self._state(), torch.empty(1))
+
+
+def _tensors(network: nn.Module) -> Iterable[Tensor]:
+    """Its parameters and buffers, faster than nn.Module lists them, which makes up their names."""
+    waiting = [network]
+    while waiting:
+        module = waiting.pop()
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                yield tensor
+        waiting.extend(child for child in module._modules.values() if child is not None)

@@ -9,17 +9,26 @@ from torch import nn
 
 _FLAGS = ("use_slicing", "use_tiling", "tile_latent_min_size", "tile_overlap_factor", "training")
 _FREE_U = ("s1", "s2", "b1", "b2")
+_TOLD = frozenset(("processor", "_disable_adapters", "resolution_idx", "use_slicing"))
 
 
 def python_state(networks: Iterable[nn.Module]) -> Hashable:
     """Equal for equal states: the classes of modules and attention processors, adapters and their scales, FreeU's
     scales, the autoencoder's slicing and tiling. What hooks and processors hold in themselves is not looked at."""
-    return tuple(_of(module) for network in networks for module in network.modules())
+    found: list[Hashable] = []
+    waiting = list(networks)
+    while waiting:
+        module = waiting.pop()
+        found.append(_of(module))
+        waiting.extend(child for child in module._modules.values() if child is not None)
+    return tuple(found)
 
 
 def _of(module: nn.Module) -> Hashable:
-    values: dict[str, Any] = vars(module)
+    values: dict[str, Any] = module.__dict__
     found: list[Any] = [type(module)]
+    if values.keys().isdisjoint(_TOLD):
+        return tuple(found)
     if "processor" in values:
         found.append(type(values["processor"]))
     if "_disable_adapters" in values:  # peft's layers
@@ -34,4 +43,4 @@ def _of(module: nn.Module) -> Hashable:
         found.append(tuple(values.get(name) for name in _FREE_U))
     if "use_slicing" in values:  # the autoencoder
         found.append(tuple(values.get(name) for name in _FLAGS))
-    return found[0] if len(found) == 1 else tuple(found)
+    return tuple(found)
