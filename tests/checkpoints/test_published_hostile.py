@@ -116,7 +116,8 @@ def test_each_ends_in_its_line_and_nothing_is_executed_written_or_imported(tmp_p
 def test_cut_at_every_kilobyte(written, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = tiny_snapshot(**written)
-    for size in {*range(1, len(data), 1024), len(data) - 1}:
+    step = 1024 if "zip_storages" not in written else 4096
+    for size in {*range(1, len(data), step), len(data) - 1}:
         message = _load(tmp_path / "x.pkl", data[:size])
         assert message is not None and "\n" not in message
 
@@ -129,7 +130,7 @@ def test_changed_bytes(written, tmp_path, monkeypatch):
     draw = random.Random(0)
     path = tmp_path / "x.pkl"
     refused = 0
-    for _ in range(150):
+    for _ in range(100):
         changed = bytearray(data)
         for _ in range(draw.choice([1, 1, 2, 8])):
             at = draw.randrange(len(data))
@@ -145,5 +146,5 @@ def test_changed_bytes(written, tmp_path, monkeypatch):
         except SignFastError as error:
             refused += 1
             assert str(error).isprintable()
-    assert refused > 40  # most bytes are not a weight's
+    assert refused > 25  # most bytes are not a weight's
     assert not hasattr(builtins, hostile.TRACE) and not Path(hostile.TRACE_FILE).exists()
