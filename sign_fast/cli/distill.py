@@ -31,7 +31,17 @@ _ONLY = {  # what not every method reads
     "sign": ("data", "xflip", "held_out", "rec", "idem", "flow", "dmd", "den", "matching", "idem_ramp_kimg"),
     "sid-latent": (
         *("steps", "data", "adversarial_weight", "adversarial_kimg", "student_kimg", "prompts", "prompt_column"),
-        *("guidance", "guidance_scale", "noise_type", "flow_weight", "resolution", "fake_lora", "samples", "cache"),
+        *(
+            "guidance",
+            "guidance_scale",
+            "noise_type",
+            "flow_weight",
+            "resolution",
+            "fake_lora",
+            "accelerate",
+            "samples",
+            "cache",
+        ),
     ),
 }
 _OF_DENOISERS = ("update", "dropout", "reg", "pairs", "capture", "quality_images")  # what sid-latent does not read
@@ -68,6 +78,7 @@ _OF_THE_FAKE_SCORE = ("den", "fake_updates", "fake_lr", "fake_betas", "fake_scal
 )
 @click.option("--resolution", type=int, help="Of the images in pixels.  [default: the teacher's]")
 @click.option("--fake-lora", type=int, help="Rank of adapters on the teacher in place of a fake score of its own.")
+@click.option("--accelerate", is_flag=True, default=None, help="The pipeline's UNets on sign_fast's operations.")
 @click.option("--samples", type=int, help="Images of a check of sid-latent.  [default: 16]")
 @click.option("--cache", help="Folder of embeddings and latents, for several runs.  [default: cache/ of the run's]")
 @click.option("--steps", type=int, help="K of few-step SiD.  [default: 1]")

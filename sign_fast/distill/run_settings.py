@@ -221,7 +221,7 @@ def plain(settings: RunSettings) -> dict[str, Any]:
 # settings that a resumed run may change: what it logs and keeps, and how the same numbers are computed
 _ANYTIME = {"log_every", "save_every", "quality_every", "keep", "threads", "stop_factor", "held_out"}
 _ANYTIME |= {"accumulation", "parallel", "checkpointing", "capture"}
-_ANYTIME |= {"cache", "samples", "prompt_column"}  # prompts are compared themselves
+_ANYTIME |= {"cache", "samples", "prompt_column", "accelerate"}  # prompts are compared themselves
 
 
 def changed(before: dict[str, Any], now: dict[str, Any], free: Collection[str] = ()) -> list[str]:

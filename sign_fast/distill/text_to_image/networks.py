@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import SignFastError, first_line
+from ...integrations.diffusers import accelerate
 from ...integrations.diffusers.parts import Parts
 from ...sampling.text import TextConditioning
 from ...training.loop import PRECISIONS
@@ -125,9 +126,11 @@ def build_latent_networks(parts: Parts, settings: TextToImageSettings, device: t
         fake = with_adapters(teacher, s.fake_lora, s.seed)
     four = [LatentNetwork(unet, parts, dtype) for unet in (teacher, fake, student, ema)]
     nets = LatentNetworks(four[0], four[1], four[2], four[3])
-    if sharded:
-        for net in (nets.teacher, nets.fake, nets.student, nets.ema):
-            blocks = [m for m in net.modules() if type(m).__name__ in _SHARDED]
+    for net in four:
+        blocks = [m for m in net.modules() if type(m).__name__ in _SHARDED]
+        if s.accelerate:  # changes the classes of modules, in place
+            accelerate(net.unet, channels_last=not sharded)
+        if sharded:
             shard(net, device, blocks)
     return nets
 

@@ -32,6 +32,7 @@ class TextToImageSettings(RunSettings):
         flow_weight: of a flow's student loss, one of `latent.FLOW_WEIGHTS`; nothing else reads it.
         resolution: of the images in pixels; None: that of the teacher.
         fake_lora: rank of adapters on the teacher that are the fake score; 0: a network of its own.
+        accelerate: the networks on sign_fast's operations, see `integrations.diffusers.accelerate`.
         samples: images of a check, of prompts spread over the file.
         cache: folder of embeddings and latents, for several runs to share; None: one in the run's.
         adversarial_weight: lsg_gan. adversarial_kimg, student_kimg: as in `RunSettings`, from the start by default.
@@ -55,6 +56,7 @@ class TextToImageSettings(RunSettings):
     flow_weight: str = "1-t"
     resolution: int | None = None
     fake_lora: int = 0
+    accelerate: bool = False
     samples: int = 16
     cache: str | None = None
 
