@@ -26,7 +26,7 @@ from .records import STORAGE_TABLE, Record, RefusedError, Storage, TensorRecord,
 SUFFIXES = (".pkl", ".pickle")
 DEFAULT_KEY = "ema"
 MAX_FILE_BYTES = 16 * 2**30  # the largest published network has 1.2 GB
-_MAX_PARTS, _MAX_DEPTH, _MAX_VALUES = 500_000, 32, 2000  # parts and depth of a network, values of its arguments
+_MAX_PARTS, _MAX_DEPTH, _MAX_VALUES = 100_000, 32, 2000  # parts and depth of a network, values of its arguments
 _CLASSES: dict[str, type[Precond]] = {c.__name__: c for c in (EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond)}
 _UNETS: dict[str, type] = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 _OWN = ("use_fp16", "sigma_min", "sigma_max", "sigma_data")  # attributes that programs set after construction
