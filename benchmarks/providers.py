@@ -224,7 +224,7 @@ class Reference:
 
 def reference(case: Case, net: Any, seeds: Sequence[int]) -> Reference:
     """Plain's images: what every provider's are compared with."""
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         exact = make("plain", replace(case, dtype="float32"), net).images(seeds).double()
     if case.dtype == "float32" and case.device == "cpu":
         return Reference(exact, exact)

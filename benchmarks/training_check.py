@@ -92,7 +92,7 @@ def _difference(name: str, case: TrainingCase) -> str:
     for i in range(CHECKED_FROM, CHECKED_FROM + 2):
         fake, generator = draws_of(case, i, shape, nets.teacher.label_dim)
         expected = plain.combined(generator) if ours.update == "combined" else plain.iteration(fake, generator)
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             found = ours.iteration()
         for loss, value, scale in zip(("loss_fake", "loss_student"), expected, (1, loop.student_scale), strict=True):
             error = abs(float(found[loss]) * scale / float(value) - 1)

@@ -122,12 +122,12 @@ class PlainTraining(TrainingProvider):
         return net
 
     def iteration(self, *draws: StepDraws) -> tuple[Tensor, Tensor]:
-        with torch.backends.cudnn.flags(benchmark=True, allow_tf32=self.tf32):
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=self.tf32):
             return self.loop.iteration(*draws)
 
     def combined(self, draws: StepDraws) -> tuple[Tensor, Tensor]:
         """The combined iteration by autograd, which is no provider of its own."""
-        with torch.backends.cudnn.flags(benchmark=True, allow_tf32=self.tf32):
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=self.tf32):
             return self.loop.combined_iteration(draws)
 
 

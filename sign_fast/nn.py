@@ -111,8 +111,9 @@ class Conv2d(nn.Module):
         shape = [out_channels, in_channels, kernel, kernel]
         self.weight = nn.Parameter(_draw(shape, *fans).mul_(init_weight)) if kernel else None
         self.bias = nn.Parameter(_draw([out_channels], *fans).mul_(init_bias)) if kernel and bias else None
-        r = torch.as_tensor(resample_filter, dtype=torch.float32)
-        f = torch.outer(r, r)[None, None] / r.sum() ** 2
+        r = [float(value) for value in resample_filter]
+        # numbers, not tensors: on the meta device products of tensors import torch's compiler, a second's work
+        f = torch.tensor([[[[a * b / sum(r) ** 2 for b in r] for a in r]]], dtype=torch.float32)
         self.register_buffer("resample_filter", f if up or down else None)
         # [1, 1] is nearest-neighbour up and 2×2 mean down, for which there are operations of their own
         self.box = list(resample_filter) == [1, 1]
