@@ -11,6 +11,7 @@ from sign_fast.data.datasets import digits
 from sign_fast.sampling.pictures import save_png
 from tests.checkpoints.snapshots import tiny_snapshot
 from tests.integrations.diffusers import tiny
+from tests.metrics import stand_in
 
 
 def _images(path: Path) -> None:
@@ -36,6 +37,8 @@ def _pipeline(path: Path) -> None:
 
 _MAKERS: dict[str, Callable[[Path], None]] = {
     "my_images": _images,
+    "real_images": _images,
+    "inception-2015-12-05.pt": stand_in.write,
     "mask.png": _mask,
     "edm-cifar10-32x32-uncond-vp.pkl": _snapshot,
     "my_pipeline": _pipeline,

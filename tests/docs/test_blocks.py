@@ -53,7 +53,7 @@ def _run_by_another_test(block: Block) -> None:
 def _run(words: list[str], block: Block, name: str) -> None:
     where = f"{name}, {' '.join(words)}"
     if words[0] == "torchrun":
-        words = ["sign-fast", *words[words.index("sign_fast.cli") + 1 :]]
+        words = ["sign-fast", *(word for word in words[words.index("sign_fast.cli") + 1 :] if word != "--")]
         assert block.how == "parsed", f"{where}: several processes are not started here"
     assert words[0] == "sign-fast", f"{where}: say who tests it"
     if block.how == "parsed":
