@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -13,13 +14,19 @@ from torch import Tensor
 from .datasets import Dataset
 
 
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, size: int) -> npt.NDArray[np.int64]:
+    found = np.random.default_rng([seed, epoch]).permutation(size)
+    found.flags.writeable = False
+    return found
+
+
 def indices_at(position: int, count: int, size: int, seed: int) -> npt.NDArray[np.int64]:
     """The `count` indices from `position` on in an endless sequence of permutations of `size`, one an epoch."""
     out: list[npt.NDArray[np.int64]] = []
     while count > 0:
         epoch, start = divmod(position, size)
-        order = np.random.default_rng([seed, epoch]).permutation(size)
-        part = order[start : start + count]
+        part = _order(seed, epoch, size)[start : start + count]
         out.append(part)
         position += len(part)
         count -= len(part)

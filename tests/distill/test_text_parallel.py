@@ -34,6 +34,7 @@ def folders(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "deprecated" not in done.stderr
+    assert len(list((root / "cache").rglob("text-*/rows-*"))) > 4
     shutil.rmtree(root / "cache")  # one process makes its own
     for case in cases.PARALLEL:
         with pytest.MonkeyPatch.context() as patch:
@@ -62,7 +63,7 @@ def test_two_processes_follow_one(folders, case, parallel):
         assert float((weights[0][name] - want).abs().max()) <= 2e-4 * max(1.0, float(want.abs().max())), name
 
 
-@pytest.mark.parametrize("case", cases.PARALLEL)
+@pytest.mark.parametrize("case", ["lora"])
 def test_one_process_goes_on_from_the_state_of_two(folders, case, tmp_path):
     found = []
     for name in (folders[0] / case, folders[1] / f"{case}-fsdp"):

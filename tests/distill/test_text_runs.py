@@ -278,7 +278,7 @@ def test_checkpointing_changes_nothing(root):
     found = []
     for changes in ({}, {"checkpointing": True}):
         run = TextDistiller(some(root, fake_lora=2, **LSG, **changes), None, CPU)
-        found.append([{name: float(v) for name, v in run.step().items()} for _ in range(3)])
+        found.append([{name: float(v) for name, v in run.step().items()} for _ in range(2)])
     for plain_, recomputed in zip(*found, strict=True):
         assert recomputed == pytest.approx(plain_, rel=1e-5)
 
@@ -310,10 +310,10 @@ def test_accelerated_networks_are_as_exact_in_sixteen_bits():
 
 def test_a_batch_in_parts_is_the_whole(root):
     found = []
-    for parts in (1, 2, 4):
+    for parts in (1, 4):
         s = some(root, data=str(root / "data"), accumulation=parts, lr=1e-30, betas=(0.5, 0.99), eps=1e-4, **LSG)
         run = TextDistiller(s, None, CPU)
-        found.append([{name: float(v) for name, v in run.step().items()} for _ in range(2)])
+        found.append([{name: float(v) for name, v in run.step().items()}])
     for other in found[1:]:
         for a, b in zip(other, found[0], strict=True):
             assert a == pytest.approx(b, rel=1e-4, abs=1e-6)

@@ -27,7 +27,6 @@ from .settings import TextToImageSettings
 _CHUNK, _ENCODED = 32, 4  # prompts and images that are encoded at a time: always the same rows together
 _TEXT_SHARD, _LATENT_SHARD = 1024, 1024
 _ORDER_OF_PROMPTS, _ORDER_OF_IMAGES = 21, 22  # streams of random numbers
-Told = Callable[[str, int, int], None]
 
 
 class TextSource:

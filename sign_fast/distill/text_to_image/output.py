@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checkpoints.atomic import replace_folder, write_text
+from ...checkpoints.atomic import explain_os_errors, replace_folder, write_text
 from ...errors import SignFastError, first_line
 from ...integrations.diffusers.loading import INDEX
 from ...integrations.diffusers.parts import PARTS
@@ -48,6 +48,10 @@ def save_pipeline(
     """
 
     def fill(temporary: Path) -> None:
+        with explain_os_errors(folder):
+            write(temporary)
+
+    def write(temporary: Path) -> None:
         index = json.loads((teacher / INDEX).read_text(encoding="utf-8"))
         kept = {name: index[name] for name in PARTS if isinstance(index.get(name), list) and index[name][0]}
         for name in kept:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -34,6 +35,7 @@ from .settings import TextToImageSettings, check_resolution, check_text_fit, che
 
 _CACHE = "cache"  # in the run's folder
 Told = Callable[[str, int, int], None]
+"""told(what, rows, of): so many of a process's rows are made."""
 
 
 class TextDistiller(Run):
@@ -107,7 +109,6 @@ class TextDistiller(Run):
         self.updates = LatentIteration(settings, networks, prediction, self.shape, lsg, device)
         self._begin(command, "the latents' distance from their deviation")
         self.notes += text_remarks(settings, world)
-        self._parts = dataclasses.replace(parts)
         if folder is not None:
             self._open(folder)
 
@@ -127,7 +128,7 @@ class TextDistiller(Run):
         s = self.settings
         schedule = f"{parts.prediction} {parts.alpha_bars} {parts.num_train_timesteps}"
         found = {
-            "teacher": (f"{network_hash(parts.unet)} {hash_of(schedule)}", s.teacher),
+            "teacher": (f"{network_hash(parts.unet)} {hashlib.sha256(schedule.encode()).hexdigest()}", s.teacher),
             "prompts": (self._source.key(self._prompts), s.prompts),
         }
         if self._images is not None and s.data is not None:
@@ -155,6 +156,7 @@ class TextDistiller(Run):
                 root, self._images, self._parts, s.resolution, u.device, self._counter("images", len(self._images))
             )
         self._source.drop()
+        self._prompts, self._images = [], None
         del self._parts
         u.method.unconditional = text.unconditional
         return Inputs(s, text, latents, captions, u.device, u.rank, u.world)
@@ -252,7 +254,7 @@ class TextDistiller(Run):
             "command": self.command,
             "method": s.method,
             "teacher": s.teacher,
-            "prompts": f"{s.prompts}, {len(self._prompts):,} of them",
+            "prompts": f"{s.prompts}, {len(self.inputs.text):,} of them",
             "real images": s.data or "none",
             "resolution": s.resolution,
             "steps": s.steps,
@@ -269,10 +271,3 @@ class TextDistiller(Run):
         settings = {"num_inference_steps": s.steps, "noise_type": s.noise_type, **self._said}
         card = card_of(f"{self.folder.name}", trained, s.steps)
         save_pipeline(self.folder / name, self._folder_of_teacher, *self._unet, state, settings, card)
-
-
-def hash_of(text: str) -> str:
-    """SHA-256 of a text."""
-    import hashlib
-
-    return hashlib.sha256(text.encode()).hexdigest()
