@@ -63,7 +63,7 @@ COLUMNS = [
     "warm_up_s",
     "peak_mb",
     "rounds",
-    "mode",  # throughput, latency, cold, sweep or training; empty in rows from before there was a choice
+    "mode",  # throughput, latency, cold, sweep, training or diffusers; empty in rows from before there was a choice
     "ms_p99",
     "import_s",
     "ready_s",
@@ -77,6 +77,7 @@ COLUMNS = [
     "method",  # of distillation, with mode training
     "seconds_per_iteration",
     "network_passes",
+    "relative_error",  # of a diffusers network's output, of plain's root mean square
 ]
 
 

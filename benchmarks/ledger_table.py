@@ -1,8 +1,9 @@
 """Writes README's tables from the ledger, so that every figure there has a row; --check only compares.
 
 A table stands between `<!-- ledger preset=digits-uncond device_type=cpu -->` and `<!-- /ledger -->`; the words filter
-the rows (`sampler=edm steps=18 threads=1`; `mode=latency` or `mode=training`, else it is mode=throughput), the newest
-run of each batch size, sampler, steps, dtype and threads is shown; what differs among the rows has its column.
+the rows (`sampler=edm steps=18 threads=1`; `mode=latency`, `mode=training` or `mode=diffusers`, else it is
+mode=throughput), the newest run of each batch size, sampler, steps, dtype and threads is shown; what differs among the
+rows has its column.
 `<!-- kernels device_type=cpu -->` is the same of the ledger of single operations: the newest run, summed up over its
 shapes.
 """
@@ -115,7 +116,8 @@ def kernels_markdown(rows: list[dict[str, str]]) -> str:
     return "\n".join([*lines, "", f"<sub>{source}</sub>"]) + "\n"
 
 
-_ORDER = ["plain", "plain_no_tf32", "compile", "drop_in", "sign_fast", "sign_fast_combined"]
+_ORDER = ["plain", "plain_no_tf32", "channels_last", "compile", "drop_in"]
+_ORDER += ["sign_fast", "sign_fast_combined", "sign_fast_compile"]
 _BUNDLED = re.compile(r"(<!-- bundled -->\n).*?(<!-- /bundled -->)", re.S)
 
 

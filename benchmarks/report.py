@@ -26,6 +26,7 @@ _HEADER = [
     ("first image s", "first_image_s", "{:.2f}"),
     ("warm-up s", "warm_up_s", "{:.2f}"),
     ("peak MB", "peak_mb", "{:.0f}"),
+    ("off plain", "relative_error", "{:.1e}"),
 ]
 _COLOURS = {
     "plain": "#9aa0a6",
