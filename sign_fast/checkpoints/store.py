@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 NETWORK_FILES = (CONFIG, WEIGHTS, "README.md", "curves.png")
 _FORMAT = "sign_fast network 1"
+_MOST_STEPS = 10_000  # a folder may be anybody's, and should not generate for years
 
 
 def bundled_names() -> list[str]:
@@ -96,6 +98,12 @@ def _check_use(config: dict[str, Any], path: Path) -> None:
     numbers = isinstance(sampling, dict) and all(type(v) in (int, float) for v in sampling.values())
     if not numbers or not sampling.keys() <= {"steps", "sigma"} or type(sampling.get("steps", 1)) is not int:
         raise SignFastError(f"{path}: sampling must be a table of steps, a whole number, and sigma")
+    sigma = sampling.get("sigma", 1)  # JSON of Python has NaN, and whole numbers that no float can hold
+    if not 1 <= sampling.get("steps", 1) <= _MOST_STEPS or not 0 < sigma <= sys.float_info.max:
+        raise SignFastError(f"{path}: sampling must have steps of 1 to {_MOST_STEPS:,} and sigma above 0, finite")
+    for name in ("trained", "quality", "source"):
+        if not isinstance(config.get(name, {}), dict):
+            raise SignFastError(f"{path}: {name} must be a table, not {short(config[name])}")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,8 @@ def _facts(
     sampling = dict(before)
     if role == "student" and not time_free:
         sampling = {**_STUDENT, **before}
+    if sigma is not None and not math.isfinite(sigma):
+        raise SignFastError(f"--sigma must be a finite number, not {sigma}")
     if steps is not None:
         sampling["steps"] = steps
     if sigma is not None:

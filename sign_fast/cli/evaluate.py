@@ -78,7 +78,7 @@ def evaluate(
     sign-fast evaluate --network DIR --inception inception-2015-12-05.pt --reference cifar10-32x32.npz
     torchrun --nproc-per-node 4 -m sign_fast.cli evaluate --images DIR --metric kid,precision,recall ...
     """
-    from ..checkpoints.store import resolve_device
+    from ..checkpoints.store import bundled_names, resolve_device
     from ..metrics.evaluation import Protocol, check_metrics
     from ..metrics.reference import check_ending
     from ..training.processes import raised_together
@@ -92,7 +92,8 @@ def evaluate(
     if save_features and save_reference is None:
         raise SignFastError("--save-features goes with --save-reference")
     if save_reference is not None:
-        check_ending(save_reference)
+        if not check_ending(save_reference).parent.is_dir():
+            raise SignFastError(f"no folder {save_reference.parent} to write {save_reference.name} to: make it first")
         # a reference is made without another, unless something is asked for
         metrics = [] if metric is None and reference is None else check_metrics(metric or "fid")
     else:
@@ -103,6 +104,8 @@ def evaluate(
         )
     if record and not metrics:
         raise SignFastError("--record needs something to record: name a --metric")
+    if record and network is not None and network not in bundled_names() and not Path(network).is_dir():
+        raise SignFastError(f"--record writes into a network's folder, which {network} is not: convert it to one first")
     protocol = Protocol(kid_subsets, kid_subset_size, kid_seed, splits, neighbours)
 
     process = this_process()
@@ -118,16 +121,18 @@ def evaluate(
         return
     figures = job.values(found, of_reference)
     facts = {**figures, **job.facts}
-    if record and network is not None:
-        from ..checkpoints.card import record as write_card
+    try:
+        if record and network is not None:
+            from ..checkpoints.card import record as write_card
 
-        write_card(network, quality=facts)
-    if save_reference is not None:
-        from ..metrics.reference import save_reference as write_reference
+            write_card(network, quality=facts)
+        if save_reference is not None:
+            from ..metrics.reference import save_reference as write_reference
 
-        write_reference(save_reference, found, job.detector, features=save_features)
-        facts["saved"] = str(save_reference)
-    click.echo(json.dumps(facts, ensure_ascii=False) if as_json else _line(facts))
+            write_reference(save_reference, found, job.detector, features=save_features)
+            facts = {**facts, "saved": str(save_reference)}
+    finally:  # hours of work are not lost to a full disk
+        click.echo(json.dumps(facts, ensure_ascii=False) if as_json else _line(facts))
 
 
 def _line(facts: dict[str, Any]) -> str:
@@ -185,6 +190,8 @@ class _Job:
         if seeds is None:
             seeds = f"0-{(num or (2000 if self.digits else 50000)) - 1}"
         numbers = check_seeds(parse_seeds(seeds)[:num])
+        if num is not None and len(numbers) < num:
+            raise SignFastError(f"--seeds names {len(numbers)} seeds, not {num}: name more, or leave --num away")
         generator = ImageGenerator.from_pretrained(network, self.device, getattr(torch, dtype) if dtype else None)
         steps = generator.default_steps if steps is None else steps
         shown = f"{numbers[0]}-{numbers[-1]}" if numbers == list(range(numbers[0], numbers[-1] + 1)) else seeds

@@ -22,6 +22,7 @@ WHICH_FILE = (
     "the published figures are of"
 )
 _HASH_DIGITS = 12
+_MOST_PIXELS = 8192**2
 
 
 class Detector(Protocol):
@@ -109,6 +110,9 @@ class InceptionDetector:
     def prepare(self, shape: tuple[int, int, int], source: str, classes: bool = False) -> int:
         if shape[0] not in (1, 3):
             raise SignFastError(f"{source} has images of {shape[0]} channels: an Inception network takes 1 or 3")
+        if shape[1] * shape[2] > _MOST_PIXELS:
+            size = "×".join(map(str, shape))
+            raise SignFastError(f"{source} has {size} images, more than {_MOST_PIXELS:,} pixels: make them smaller")
         values = torch.arange(2 * shape[0] * shape[1] * shape[2], device=self.device) * 37 % 256
         images = values.to(torch.uint8).reshape(2, *shape)
         try:

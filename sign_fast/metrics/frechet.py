@@ -90,10 +90,11 @@ class FeatureStatistics:
 
 
 def frechet_distance(mu1: Float64, sigma1: Float64, mu2: Float64, sigma2: Float64) -> float:
-    """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½), the root by eigen-decomposition of the symmetric Lᵀ Σ₂ L, Σ₁ = L Lᵀ.
+    """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½), the last the sum of the singular values of L₁ᵀL₂, Σᵢ = LᵢLᵢᵀ.
 
-    Eigenvalues below the rounding of the largest are left out: their square roots would add up to an error that grows
-    with the dimension where there are fewer images than features.
+    Each Lᵢ is from the eigen-decomposition of Σᵢ; no root is taken of eigenvalues of the product, whose condition is
+    the square. Eigenvalues below the rounding of the largest are left out: their square roots would add up to an error
+    that grows with the dimension where there are fewer images than features.
 
     Args:
         mu1, mu2: (D,).
@@ -109,14 +110,17 @@ def frechet_distance(mu1: Float64, sigma1: Float64, mu2: Float64, sigma2: Float6
         )
     if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
         raise SignFastError("the features are not finite: the images or the network hold NaN or infinity")
-    values, vectors = np.linalg.eigh(np.asarray(sigma1, np.float64))
-    kept = values > _rounding(values)
-    root = vectors[:, kept] * np.sqrt(values[kept])
-    product = root.T @ sigma2 @ root
-    cross = np.linalg.eigvalsh((product + product.T) / 2)
-    cross = np.sqrt(cross[cross > _rounding(cross)]).sum()
+    cross = np.linalg.svd(_root(sigma1).T @ _root(sigma2), compute_uv=False).sum()
     gap = mu1 - mu2
     return float(gap @ gap + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
+
+
+def _root(sigma: Float64) -> Float64:
+    """L, (D, rank), of sigma = L Lᵀ."""
+    values, vectors = np.linalg.eigh(np.asarray(sigma, np.float64))
+    kept = values > _rounding(values)
+    root: Float64 = vectors[:, kept] * np.sqrt(values[kept])
+    return root
 
 
 def _rounding(eigenvalues: Float64) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from ..errors import SignFastError, first_line, short
 
 Array = npt.NDArray[Any]
+_MOST_DEFLATE = 1032  # bytes of one byte
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,13 @@ class NpzFile:
         if not path.is_file():
             raise SignFastError(f"no file {path}: check the path")
         with self._explained(), zipfile.ZipFile(path) as archive:
+            whole = path.stat().st_size
             for name in archive.namelist():
                 if name.endswith(".npy"):
                     with archive.open(name) as file:
-                        self.headers[name.removesuffix(".npy")] = self._header(file, name)
+                        header = self._header(file, name)
+                        self._check_size(header, name, archive.getinfo(name), file.tell(), whole)
+                    self.headers[name.removesuffix(".npy")] = header
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -57,6 +62,16 @@ class NpzFile:
         # zipfile raises RuntimeError for encrypted files and NotImplementedError for other compressions
         except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
             raise SignFastError(f"{self.path} is not a whole .npz file ({first_line(error)}): copy it again") from error
+
+    def _check_size(self, header: Header, name: str, member: zipfile.ZipInfo, begin: int, whole: int) -> None:
+        """Whether the array can be as large as it says, before anything is made for it."""
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise SignFastError(f"{self.path}: {name} is packed otherwise than NumPy does: write it with np.savez")
+        claimed = math.prod(header.shape) * header.dtype.itemsize
+        if min(header.shape, default=0) < 0 or begin + claimed > min(member.file_size, _MOST_DEFLATE * whole):
+            raise SignFastError(
+                f"{self.path} is not a whole .npz file ({name} is not as large as {short(header.shape)}): copy it again"
+            )
 
     def _header(self, file: IO[bytes], name: str) -> Header:
         version = np.lib.format.read_magic(file)

@@ -395,6 +395,9 @@ def bombs() -> Iterator[Case]:
     yield "a memo of a huge index", entry(b"Nr\xff\xff\xff\xff"), "keeps more than it has"
     yield "a memo recalled before it is kept", entry(b"h\7"), "recalls what it has not kept"
     yield "endless operations", pickled(b"N0" * 600_000), "takes more than 1,000,000 operations"
+    items = b"]q\0(" + b"".join(b"J" + struct.pack("<i", i) for i in range(20_000)) + b"e0"
+    sets = name("builtins.set") + b"q\x010" + b"h\x01h\0\x85R" * 10_000
+    yield "a list made a set ten thousand times", pickled(items + sets + b"N"), "takes more than 1,000,000 operations"
     yield "a million marks", pickled(b"(" * 1_100_000), "takes more than 1,000,000 operations"
     big = text("x" * 10**5) + b"\x940"
     encode = name("_codecs.encode") + b"h\0" + text("latin1") + b"\x86R0"

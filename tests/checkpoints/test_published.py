@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import mmap
+import struct
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 from sign_fast import ImageGenerator, models
 from sign_fast.checkpoints.published import machine, read_snapshot
 from sign_fast.checkpoints.published.archives import zip_members
+from sign_fast.checkpoints.published.records import Storage, StorageType, TensorRecord
 from sign_fast.errors import SignFastError
 from tests.checkpoints.snapshots import (
     TINY,
@@ -89,6 +92,23 @@ def test_float64_that_float32_cannot_hold(tmp_path):
     path = _written(tmp_path / "x.pkl", write_snapshot({"ema": persistent(net, TINY)}))
     with pytest.raises(SignFastError, match=r"map_layer0.weight in torch.float64, which float32 cannot hold"):
         models.load(path, "cpu")
+    net.model.map_layer0.weight[0, 1] = torch.nan  # does not hide the other
+    path = _written(tmp_path / "x.pkl", write_snapshot({"ema": persistent(net, TINY)}))
+    with pytest.raises(SignFastError, match=r"map_layer0.weight in torch.float64, which float32 cannot hold"):
+        models.load(path, "cpu")
+
+
+def test_a_tensor_spread_over_a_large_storage_costs_what_it_has(tmp_path):
+    with open(tmp_path / "sparse", "wb+") as file:
+        file.truncate(2**36)
+        file.seek(-4, 2)
+        file.write(struct.pack("<f", 2.5))
+        file.flush()
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
+            spread = TensorRecord(
+                Storage(StorageType(torch.float32), 2**34, memory), 2**10, (2, 1), (2**34 - 2**10 - 1, 7)
+            )
+            assert spread.tensor().tolist() == [[0.0], [2.5]]
 
 
 def test_views_and_other_memory_orders(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -44,6 +46,12 @@ _FOLDERS = {
     "role": ({"role": "expert"}, "role must be teacher or student, not 'expert'"),
     "sampling": ({"sampling": {"steps": 1, "code": 2}}, "sampling must be a table of steps"),
     "steps": ({"sampling": {"steps": "1"}}, "sampling must be a table of steps"),
+    "no steps": ({"sampling": {"steps": 0}}, "steps of 1 to 10,000"),
+    "years": ({"sampling": {"steps": 10**12}}, "steps of 1 to 10,000"),
+    "no noise": ({"sampling": {"sigma": math.nan}}, "sigma above 0, finite"),
+    "too much noise": ({"sampling": {"sigma": 10**400}}, "sigma above 0, finite"),
+    "trained": ({"trained": "yes"}, "trained must be a table, not 'yes'"),
+    "quality": ({"quality": 3}, "quality must be a table, not 3"),
     "no table": ({"sampling": [1]}, "sampling must be a table of steps"),
 }
 

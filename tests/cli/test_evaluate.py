@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from sign_fast.checkpoints.store import find, read_config
+from tests.checkpoints.snapshots import tiny_snapshot
 from tests.cli.test_generate import run
 from tests.data.test_datasets import write as write_folder
 from tests.metrics import stand_in
@@ -101,6 +102,16 @@ def test_result_goes_into_the_card(tmp_path, capfd):
     assert f"- Fréchet distance: {facts['Fréchet distance']}" in (folder / "README.md").read_text()
 
 
+def test_what_was_measured_is_shown_though_it_cannot_be_written(tmp_path, capfd):
+    (tmp_path / "ref.npz").mkdir()
+    status, out, err = run(
+        capfd, "evaluate", "--device", "cpu", "--network", "digits-sid", "--num", 10, "--metric", "fid",
+        "--save-reference", tmp_path / "ref.npz",
+    )  # fmt: skip
+    assert status == 1 and out.startswith("Fréchet distance ") and "saved" not in out
+    assert err.splitlines()[-1].startswith("sign-fast: error: cannot write")
+
+
 def launch(*words, processes=2):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += ["-m", "sign_fast.cli", "evaluate", *map(str, words), "--device", "cpu"]
@@ -149,6 +160,8 @@ def test_bad_arguments(tmp_path, capfd, network):
     (tmp_path / "cut.npz").write_bytes(moments.read_bytes()[:900])
     (tmp_path / "bad.pt").write_bytes(b"PK")
     save = ["--save-reference", tmp_path / "new.npz"]
+    snapshot = tmp_path / "edm-x.pkl"
+    snapshot.write_bytes(tiny_snapshot())
     cases = [
         (["--images", colour, "--network", "digits-sid"], "give either --network or --images"),
         (["--images", colour, "--record", "--seeds", "3"], "--record, --seeds go with --network"),
@@ -169,9 +182,11 @@ def test_bad_arguments(tmp_path, capfd, network):
         (["--images", colour, "--inception", tmp_path / "bad.pt", *save], "is not a whole TorchScript file"),
         (["--images", colour, *own, "--save-features"], "--save-features goes with --save-reference"),
         (["--images", colour, *own, "--save-reference", tmp_path / "new.pkl"], "written as .npz: name it"),
-        (["--network", "digits-sid", "--save-reference", tmp_path / "no" / "new.npz", "--num", 10], "cannot write"),
+        (["--network", "digits-sid", "--save-reference", tmp_path / "no" / "new.npz", "--num", 10], "no folder"),
         (["--network", "digits-sid", "--seeds", "3"], "holds 1 image: quality needs at least 2"),
+        (["--network", "digits-sid", "--seeds", "0-4", "--num", 9], "--seeds names 5 seeds, not 9"),
         (["--network", "digits-sid", "--seeds", "3,3"], "seed 3 is there twice"),
+        (["--network", snapshot, "--record"], "--record writes into a network's folder, which"),
         (["--network", "digits-sid", "--record", *save], "--record needs something to record"),
         (["--network", "nowhere"], "no network 'nowhere'"),
         (["--network", "digits-sid", "--num", 1], "--num"),

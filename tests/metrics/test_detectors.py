@@ -61,6 +61,8 @@ def test_grey_is_repeated(network):
     grey = images(shape=(1, 12, 12))
     assert detector.prepare((1, 12, 12), "x") == stand_in.FEATURES
     assert torch.equal(detector.features(grey), detector.features(grey.repeat(1, 3, 1, 1)))
+    with pytest.raises(SignFastError, match="more than 67,108,864 pixels: make them smaller"):
+        detector.prepare((3, 30_000, 30_000), "x")  # the trial alone would take 43 GB
     with pytest.raises(SignFastError, match="images of 4 channels: an Inception network takes 1 or 3"):
         detector.prepare((4, 12, 12), "x")
 

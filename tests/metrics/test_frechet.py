@@ -41,6 +41,19 @@ def test_fewer_and_more_images_than_features(count):
     assert frechet_distance(m2, s2, m1, s1) == pytest.approx(got, rel=1e-10)
 
 
+@pytest.mark.parametrize("condition", [1e3, 1e7, 1e11])
+def test_features_of_very_unequal_spread(condition):
+    """The product's eigenvalues span the square of that: those below its rounding count all the same."""
+    rng = np.random.default_rng(0)
+    turn = np.linalg.qr(rng.standard_normal((128, 128)))[0]
+    d1 = np.geomspace(5, 5 / condition, 128)
+    d2 = d1 * np.exp(0.3 * rng.standard_normal(128))
+    s1, s2 = (turn * d1) @ turn.T, (turn * d2) @ turn.T
+    zero = np.zeros(128)
+    want = ((np.sqrt(d1) - np.sqrt(d2)) ** 2).sum()
+    assert frechet_distance(zero, s1, zero, s2) == pytest.approx(want, abs=1e-11)
+
+
 def test_inceptions_width():
     dim, rank = 2048, 300
     rng = np.random.default_rng(0)

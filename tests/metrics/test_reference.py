@@ -191,7 +191,7 @@ def header(shape, descr="<f8"):
 @pytest.mark.parametrize(
     "mu, sigma, message",
     [
-        (header((10**9,)), header((10**9, 10**9)), "must be"),  # refused before a byte of it is allocated
+        (header((10**9,)), header((10**9, 10**9)), "not as large as"),  # refused before a byte of it is allocated
         (header((6,)), header((6, 6)), "is not a whole .npz file"),  # headers without data
         (b"\x93NUMPY\x03\x00" + header((6,))[8:], header((6, 6)), "unknown version"),
         (b"no array", header((6, 6)), "is not a whole .npz file"),
@@ -209,12 +209,26 @@ def test_headers_that_lie(tmp_path, monkeypatch, mu, sigma, message):
     assert "\n" not in str(error.value) and not (tmp_path / "executed").exists()
 
 
-def test_images_that_end_early_are_one_line(tmp_path):
+@pytest.mark.parametrize("shape", [(100, 8, 8, 3), (10**12, 8, 8, 3), (2, 10**7, 10**7, 3), (-1, 8, 8, 3)])
+def test_images_that_are_fewer_than_they_say(tmp_path, shape):
+    """Refused before batches are counted or a buffer is made."""
     with zipfile.ZipFile(tmp_path / "ref.npz", "w") as archive:
-        archive.writestr("arr_0.npy", header((100, 8, 8, 3), "|u1") + bytes(500))
-    images = read_reference(tmp_path / "ref.npz").images
-    with pytest.raises(SignFastError, match="it ends too early"):
-        list(images.batches([range(0, 2), range(2, 4)]))
+        archive.writestr("arr_0.npy", header(shape, "|u1") + bytes(500))
+    for read in (read_reference, open_images):
+        with pytest.raises(SignFastError, match=r"arr_0\.npy is not as large as") as error:
+            read(tmp_path / "ref.npz")
+        assert "\n" not in str(error.value)
+
+
+def test_archives_that_unpack_without_end(tmp_path):
+    for method, message in ((zipfile.ZIP_BZIP2, "packed otherwise than NumPy"), (zipfile.ZIP_DEFLATED, None)):
+        with zipfile.ZipFile(tmp_path / "ref.npz", "w", method) as archive:
+            archive.writestr("arr_0.npy", header((1000, 8, 8, 3), "|u1") + bytes(192_000))
+        if message is None:  # zeros, packed by a factor of hundreds
+            assert len(open_images(tmp_path / "ref.npz")) == 1000
+            continue
+        with pytest.raises(SignFastError, match=message):
+            open_images(tmp_path / "ref.npz")
 
 
 def test_missing_files(tmp_path):

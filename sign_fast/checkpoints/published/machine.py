@@ -199,6 +199,8 @@ class Machine:
         args, function = self._pop(), self._pop()
         if not isinstance(function, Constructor) or type(args) is not tuple or (new and not function.new):
             raise RefusedError(f"calls {say(function)}")
+        # a set is made of a list, item by item, and the same list may be given a thousand times
+        self.budget.spend_operations(sum(len(item) for item in args if type(item) is list))
         try:
             self.stack.append(function.make(*args))
         except TypeError as error:  # too many arguments, or too few

@@ -84,15 +84,13 @@ class TensorRecord:
         if self.storage.data is None:
             raise RefusedError("has a tensor without values")
         size = self.storage.type.itemsize
-        count = 0
-        if all(self.shape):
-            count = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
-        flat = torch.empty(count, dtype=self.storage.type.dtype)
-        if count:
-            data = memoryview(self.storage.data)[self.offset * size : (self.offset + count) * size]
-            flat.view(torch.uint8).numpy()[:] = np.frombuffer(data, np.uint8)
-        # a copy only where the file's order is another, e.g. channels_last
-        return flat.as_strided(self.shape, self.stride).contiguous()
+        found = torch.empty(self.shape, dtype=self.storage.type.dtype)
+        if found.numel():
+            # only what the tensor has is read, however far apart in the storage
+            steps = [step * size for step in self.stride]
+            there = np.ndarray(self.shape, f"V{size}", self.storage.data, self.offset * size, steps)
+            found.reshape(-1).view(torch.uint8).numpy()[:] = np.ascontiguousarray(there).reshape(-1).view(np.uint8)
+        return found
 
 
 @dataclass(frozen=True)
