@@ -44,7 +44,7 @@ def method_of(name: str | None, method: str | None) -> str:
         SignFastError: no such recipe, it has no settings for that method, or neither is given.
     """
     if name is None and method is None:
-        raise SignFastError("name a --method (sid, sida or sign; sid-latent), or a --recipe, which has one")
+        raise SignFastError("name a --method (sid, sida, sign or sid-latent), or a --recipe, which has one")
     if name is None:
         return str(method)
     found = recipe(name)

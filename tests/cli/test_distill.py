@@ -150,7 +150,7 @@ def test_an_error_of_the_first_of_two_processes_is_one_line(tmp_path, command, m
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "name a --method (sid, sida or sign), or a --recipe"),
+        ([], "name a --method (sid, sida, sign or sid-latent), or a --recipe"),
         (["--method", "sid"], "name a --teacher"),
         (["--method", "sid", "--teacher", "nowhere"], "no network 'nowhere'"),
         (["--recipe", "digit-sid"], "did you mean 'digits-sid'"),

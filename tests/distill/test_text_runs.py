@@ -191,7 +191,7 @@ def test_the_fake_score_learns_what_the_student_makes(root):
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sd2-v", "flow"])
+@pytest.mark.parametrize("kind", ["sd2-v", "flow"])
 def test_both_losses_fall_on_draws_that_stay(root, kind):
     """One network at a time: each step is against the gradient of what is logged."""
     s = some(root, kind, betas=(0.5, 0.9))
@@ -203,7 +203,7 @@ def test_both_losses_fall_on_draws_that_stay(root, kind):
             for i, p in enumerate(fake.parameters()):
                 p.add_(0.1 * p.std() * normal(i, *p.shape) if p.numel() > 1 else 0)
         share = run.inputs.at(0)
-        found = [run.updates.run(0, share) for _ in range(8)]
+        found = [run.updates.run(0, share) for _ in range(6)]
         losses, still = ([float(f[key]) for f in found] for key in (name, other))
         assert losses[-1] < losses[0] - 0.02 * abs(losses[0]), name
         if name == "loss_student":
@@ -336,7 +336,7 @@ class Stopped(Exception):
 )
 def test_resume_is_exact(root, tmp_path, kind, changes):
     changes = {name: str(root / value) if name == "data" else value for name, value in changes.items()}
-    s = some(root, kind, lr_schedule="cosine", **changes)
+    s = some(root, kind, lr_schedule="cosine", quality_every=4, samples=1, **changes)
 
     def stop(progress):
         if progress.iteration == 3:
