@@ -128,6 +128,7 @@ def save(net: Any, folder: str | os.PathLike[str], config: dict[str, Any] | None
         json.dumps(facts, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise SignFastError(f"config.json cannot hold these entries: {first_line(error)}") from error
+    store.check_use(facts, "config")  # what is written can be read
     text = card.model_card(
         folder.resolve().name, {"cls": type(net).__name__, "kwargs": net.init_kwargs(), **facts}, hub=True
     )
@@ -138,7 +139,8 @@ def save(net: Any, folder: str | os.PathLike[str], config: dict[str, Any] | None
 def load(cls: type[Any], path_or_name: str | os.PathLike[str], device: Any = None, **of_the_hub: Any) -> Any:
     """A network of a class, or of one derived from it; see `Precond.from_pretrained`."""
     text = os.fspath(path_or_name)
-    place = fetch(text, **of_the_hub) if of_the_hub and not Path(text).exists() else text
+    here = Path(text).exists() or text in store.bundled_names()
+    place = fetch(text, **of_the_hub) if of_the_hub and not here else text
     net = store.load_network(place, device)
     if not isinstance(net, cls):
         own = type(net).__name__

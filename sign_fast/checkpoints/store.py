@@ -86,12 +86,16 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise SignFastError(f'{path} does not say "format": "{_FORMAT}": it is not a network of this library')
     if config.get("cls") not in CLASSES or not isinstance(config.get("kwargs"), dict):
         raise SignFastError(f"{path}: cls must be one of {', '.join(CLASSES)} and kwargs a table")
-    _check_use(config, path)
+    check_use(config, path)
     return config
 
 
-def _check_use(config: dict[str, Any], path: Path) -> None:
-    """What the folder says of how images are made with the network."""
+def check_use(config: dict[str, Any], path: object) -> None:
+    """What config.json says of how images are made with the network, and of its making.
+
+    Raises:
+        SignFastError: no role, steps or noise level that there are, or no tables; `path` names it.
+    """
     role, sampling = config.get("role", "student"), config.get("sampling", {})
     if role not in ("teacher", "student"):
         raise SignFastError(f"{path}: role must be teacher or student, not {short(role)}")

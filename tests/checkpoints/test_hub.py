@@ -278,3 +278,15 @@ def test_saving_over_what_is_there(tmp_path):
     with pytest.raises(SignFastError, match=r"config\.json cannot hold"):
         tiny().save_pretrained(tmp_path / "other", config={"role": object()})
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("config", [{"role": "king"}, {"sampling": {"steps": 0}}, {"trained": "yes"}, {"source": [1]}])
+def test_nothing_is_saved_that_cannot_be_loaded(config, tmp_path):
+    with pytest.raises(SignFastError, match=r"^config: "):
+        tiny().save_pretrained(tmp_path / "net", config=config)
+    assert not (tmp_path / "net").exists()
+
+
+def test_a_bundled_name_is_one_with_options_of_the_hub_too(stand_in):
+    assert EDMPrecond.from_pretrained("digits-uncond", device="cpu", revision="main").img_resolution == 8
+    assert not stand_in.asked
