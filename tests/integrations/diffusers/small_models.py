@@ -7,9 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
 SD15: dict[str, Any] = {
     "sample_size": 16,
@@ -124,8 +123,11 @@ def rms(x: Tensor) -> float:
     return x.double().square().mean().sqrt().item()
 
 
-def pipeline() -> StableDiffusionPipeline:
+def pipeline() -> Any:
     """Stable Diffusion 1.5's parts, small; prompts come as embeddings, which need no tokenizer."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel
+
     torch.manual_seed(0)
     text = CLIPTextModel(
         CLIPTextConfig(vocab_size=20, hidden_size=24, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
