@@ -32,6 +32,7 @@ def losses(folder):
 
 def test_a_recipe_from_teacher_to_images(teacher, tmp_path, capfd):
     words = ["distill", "--recipe", "digits-sid-4step", "--teacher", teacher, "--outdir", tmp_path / "run", *SHORT]
+    words += ["--pairs", 64]  # the recipe's own are minutes of work
     status, out, err = run(capfd, *words)
     assert status == 0, err
     assert out.startswith("distilled to 4 iterations: ") and "; best " in out and "quality_4=" in err
