@@ -155,7 +155,7 @@ class ResnetBlock2D(resnet.ResnetBlock2D):  # type: ignore[misc]
             isinstance(self.norm1, GroupNorm)
             and isinstance(self.norm2, GroupNorm)
             and type(self.nonlinearity) is nn.SiLU
-            and (self.time_embedding_norm == "default" or self.time_emb_proj is not None)
+            and (self.time_embedding_norm != "scale_shift" or self.time_emb_proj is not None)
         )
 
 
@@ -189,7 +189,8 @@ def resnet_reason(block: nn.Module) -> Reason | None:
     needed += ("conv_shortcut", "upsample", "downsample", "output_scale_factor", "time_embedding_norm", "skip_time_act")
     if any(not hasattr(block, name) for name in needed):
         return _CHANGED
-    if block.time_embedding_norm not in ("default", "scale_shift"):
+    # autoencoders say "group", and have no time embedding
+    if block.time_embedding_norm not in ("default", "scale_shift") and block.time_emb_proj is not None:
         return _TIME
     if any(type(norm) not in (nn.GroupNorm, GroupNorm) for norm in (block.norm1, block.norm2)):
         return _NORM

@@ -24,7 +24,8 @@ from tests.integrations.diffusers import small_models as small
 def _facts(net: nn.Module) -> dict[str, object]:
     """All that accelerate may change, and what it may not."""
     facts: dict[str, object] = {name: (type(m), tuple(sorted(vars(m)))) for name, m in net.named_modules()}
-    facts |= {f"{name}.": (id(p), p.stride(), hash(p.data.contiguous().numpy().tobytes())) for name, p in net.named_parameters()}
+    for name, p in net.named_parameters():
+        facts[f"{name}."] = (id(p), p.stride(), hash(p.data.contiguous().numpy().tobytes()))
     facts["processors"] = {name: id(p) for name, p in getattr(net, "attn_processors", {}).items()}
     return facts
 
@@ -150,6 +151,15 @@ def test_what_does_not_fit_is_left_with_its_reason():
     net.decoder.mid_block.attentions[0].set_processor(AttnProcessor())
     a = accelerate(net)
     assert "processor is AttnProcessor" in {s.name: s.reason for s in a.left}["decoder.mid_block.attentions.0"]
+
+
+def test_all_blocks_of_an_autoencoder_are_changed():
+    """Those of the decoder say that their time embedding is of another kind, and have none."""
+    net = small.autoencoder()
+    kinds = {block.time_embedding_norm for block in net.decoder.modules() if isinstance(block, ResnetBlock2D)}
+    assert kinds - {"default", "scale_shift"}
+    a = accelerate(net)
+    assert not [site for site in a.left if "resnets" in site.name and "GroupNorm" in site.kind]
 
 
 def test_a_processor_set_later_runs_and_is_reported(monkeypatch):
