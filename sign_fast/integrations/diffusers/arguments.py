@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ def check_prompts(prompt: Any, states: Any, pooled: Any, widths: tuple[int, int 
         widths: D and P of the pipeline; P is None where it takes no pooled embedding.
 
     Raises:
-        SignFastError: neither or both are given, no prompts, something that is no text, or another shape.
+        SignFastError: neither or both are given, no prompts, something that is no text, another shape, or no floats.
     """
     if (prompt is None) == (states is None):
         raise SignFastError("give prompts or prompt_embeds, one of them")
@@ -80,13 +80,13 @@ def check_prompts(prompt: Any, states: Any, pooled: Any, widths: tuple[int, int 
         if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
             raise SignFastError(f"prompt must be a text or a list of texts, one at least, not {short(prompt)}")
         return list(texts)
-    if not isinstance(states, Tensor) or states.ndim != 3 or states.shape[2] != widths[0] or not len(states):
-        raise SignFastError(f"prompt_embeds must be (prompts, tokens, {widths[0]}), not {_shape(states)}")
+    if not _is_floats(states) or states.ndim != 3 or states.shape[2] != widths[0] or not states.numel():
+        raise SignFastError(f"prompt_embeds must be (prompts, tokens, {widths[0]}) floats, not {_shape(states)}")
     if widths[1] is None:
         if pooled is not None:
             raise SignFastError("this pipeline takes no pooled_prompt_embeds: leave them away")
-    elif not isinstance(pooled, Tensor) or tuple(pooled.shape) != (len(states), widths[1]):
-        raise SignFastError(f"pooled_prompt_embeds must be {(len(states), widths[1])}, not {_shape(pooled)}")
+    elif not _is_floats(pooled) or tuple(pooled.shape) != (len(states), widths[1]):
+        raise SignFastError(f"pooled_prompt_embeds must be {(len(states), widths[1])} floats, not {_shape(pooled)}")
     return None
 
 
@@ -94,9 +94,9 @@ def check_latents(latents: Any, shape: tuple[int, ...]) -> Tensor:
     """Latents that are given, in the shape that the prompts and the size ask for.
 
     Raises:
-        SignFastError: they have another.
+        SignFastError: they have another, or are no floats.
     """
-    if not isinstance(latents, Tensor) or tuple(latents.shape) != shape or not latents.is_floating_point():
+    if not _is_floats(latents) or tuple(latents.shape) != shape:
         raise SignFastError(f"latents must be {shape} floats for these prompts and this size, not {_shape(latents)}")
     return latents
 
@@ -114,7 +114,7 @@ def draws_of(count: int, device: torch.device, generator: Any, seeds: Any) -> Ra
     if seeds is not None:
         if generator is not None:
             raise SignFastError("give seeds or a generator, one of them")
-        numbers = check_seeds([seeds] if isinstance(seeds, int) else seeds)
+        numbers = check_seeds(seeds if isinstance(seeds, Iterable) else [seeds])
         if len(numbers) != count:
             raise SignFastError(f"{len(numbers)} seeds for {count} images: give one an image")
         return SeededNoise(device, numbers).randn_like
@@ -140,5 +140,9 @@ def draws_of(count: int, device: torch.device, generator: Any, seeds: Any) -> Ra
     return randn_like
 
 
-def _shape(value: Any) -> Any:
-    return tuple(value.shape) if isinstance(value, Tensor) else short(value)
+def _is_floats(value: Any) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _shape(value: Any) -> str:
+    return f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else short(value)

@@ -187,12 +187,17 @@ def _check_weights(place: Path, library: str, config: Mapping[str, Any], variant
         raise SignFastError(
             f"{place} is an adapter, whose network would be fetched: save the pipeline with it fused in"
         )
+    for key, value in config.items():
+        # transformers would fetch and run such a kernel, or read the weights that it is told to
+        if key == "transformers_weights" or ("attn_implementation" in key and "/" in str(value)):
+            raise SignFastError(f"{place} has {key}={short(value)}, which leads elsewhere: do not trust it")
     stem, infix = _WEIGHTS[library], f".{variant}" if variant else ""
-    if (place / f"{stem}{infix}.safetensors").is_file():
+    names = {f"{stem}.safetensors.index{infix}.json", f"{stem}{infix}.safetensors.index.json"}
+    indices = [place / name for name in sorted(names) if (place / name).is_file()]
+    for index in indices:  # also beside a single file: diffusers prefers the index, transformers the file
+        _check_shards(place, index)
+    if indices or (place / f"{stem}{infix}.safetensors").is_file():
         return
-    for name in (f"{stem}.safetensors.index{infix}.json", f"{stem}{infix}.safetensors.index.json"):
-        if (place / name).is_file():
-            return _check_shards(place, place / name)
     pickled = sorted(path.name for path in place.iterdir() if path.suffix in _PICKLES)
     if pickled:
         raise SignFastError(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeGuard
 
@@ -255,7 +257,7 @@ def sides_of(unet: Any) -> tuple[int, int]:
     """
     size = unet.config.sample_size
     sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list | tuple) else ()
-    if len(sides) != 2 or not all(isinstance(s, int) and s > 0 for s in sides):
+    if len(sides) != 2 or not all(type(s) is int and s > 0 for s in sides):
         raise SignFastError(
             f"the UNet's sample_size must be a whole number above 0, not {short(size)}: mend its config"
         )
@@ -273,6 +275,24 @@ def _dtype_of(net: Any) -> torch.dtype:
     return torch.float32
 
 
+_CLIP = ("get_input_embeddings", "config.hidden_size", "config.max_position_embeddings")
+_LOOKS = (
+    ("text_encoder", "CLIPTextModel", _CLIP),
+    ("text_encoder_2", "CLIPTextModelWithProjection", (*_CLIP, "config.projection_dim")),
+    ("tokenizer", "CLIPTokenizer", ("model_max_length", "__len__")),
+    ("tokenizer_2", "CLIPTokenizer", ("model_max_length", "__len__")),
+    ("scheduler", "scheduler of diffusers", ("config",)),
+)  # by what is used of them: they may have been compiled
+
+
+def _has(part: Any, path: str) -> bool:
+    try:
+        attrgetter(path)(part)
+    except AttributeError:
+        return False
+    return True
+
+
 def _check(parts: Parts) -> None:
     """Whether parts are supported and fit together."""
     unet, vae = parts.unet, parts.vae
@@ -284,6 +304,12 @@ def _check(parts: Parts) -> None:
             )
     if (parts.text_encoder_2 is None) != (parts.tokenizer_2 is None):
         raise SignFastError("text_encoder_2 and tokenizer_2 go together: give both or neither")
+    for name, class_name, needed in _LOOKS:
+        part = getattr(parts, name)
+        if not all(map(partial(_has, part), needed)) and not (part is None and name in OPTIONAL):
+            raise SignFastError(
+                f"the {name} is a {type(part).__name__}, which is not supported: it must be a {class_name}"
+            )
     config = unet.config
     channels = (config.in_channels, config.out_channels, vae.config.latent_channels)
     if len(set(channels)) != 1:
@@ -312,10 +338,13 @@ def _check_conditioning(parts: Parts) -> None:
         ("class_embed_type", (None,)),
         ("num_class_embeds", (None,)),
         ("encoder_hid_dim_type", (None,)),
+        ("time_cond_proj_dim", (None,)),
         ("addition_embed_type", (None, "text_time")),
     ):
         if getattr(config, name, None) not in allowed:
-            raise SignFastError(f"the UNet has {name}={getattr(config, name)!r}, which is not supported")
+            raise SignFastError(
+                f"the UNet has {name}={getattr(config, name)!r}, which is not supported: take one without"
+            )
     (width, pooled), crossed = parts.text_widths, config.cross_attention_dim
     if any(dim != width for dim in (crossed if isinstance(crossed, list | tuple) else [crossed])):
         raise SignFastError(

@@ -12,13 +12,15 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ...errors import SignFastError, first_line, short, whole_number
+from ...errors import SignFastError, short, whole_number
 from ...sampling.latent_engine import LatentEngine, LatentOutput
+from ...sampling.requests import DTYPES
 from ...sampling.students import StepNoise
 from ...sampling.text import TextConditioning
 from ...sampling.transfer import to_device
 from .arguments import check_latents, check_noise_type, check_prompts, check_size, check_steps, draws_of
 from .loading import load_parts
+from .lora import LoraMixin
 from .parts import PARTS, LatentScale, Parts
 from .prompts import PromptEncoder
 from .saving import CLASSES, save_folder
@@ -26,13 +28,9 @@ from .state import python_state
 from .versions import require_diffusers
 
 _diffusers: Any = require_diffusers()
-_loaders: Any = importlib.import_module("diffusers.loaders")
 _pipelines: Any = importlib.import_module("diffusers.pipelines.pipeline_utils")
 
 PipelineOutput: TypeAlias = Literal["pil", "np", "pt", "latent"]
-
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
-"""The file of a folder that a LoRA is read from where none is named, as diffusers' trainers write it."""
 
 _SETTINGS = ("num_inference_steps", "noise_type", "force_zeros_for_empty_prompt", "vae_scaling_factor", "vae_pixels")
 
@@ -40,7 +38,7 @@ _SETTINGS = ("num_inference_steps", "noise_type", "force_zeros_for_empty_prompt"
 class SiDPipeline(
     _diffusers.DiffusionPipeline,  # type: ignore[misc]
     _pipelines.StableDiffusionMixin,  # type: ignore[misc]
-    _loaders.StableDiffusionLoraLoaderMixin,  # type: ignore[misc]
+    LoraMixin,
 ):
     """Few-step text-to-image with a distilled student (few-step SiD, Algorithm 1).
 
@@ -73,7 +71,6 @@ class SiDPipeline(
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
     _optional_components = ["text_encoder_2", "tokenizer_2"]  # noqa: RUF012
-    _lora_loadable_modules = ["unet", "text_encoder", "text_encoder_2"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -134,8 +131,10 @@ class SiDPipeline(
         if torch_dtype is not None and dtype is not None:
             raise SignFastError("torch_dtype and dtype are one option: give one")
         chosen = dtype if torch_dtype is None else torch_dtype
-        if chosen is not None and not isinstance(chosen, torch.dtype):
-            raise SignFastError(f"torch_dtype must be a torch.dtype such as torch.bfloat16, not {short(chosen)}")
+        if chosen is not None and chosen not in DTYPES:
+            raise SignFastError(
+                f"torch_dtype must be torch.bfloat16, torch.float16 or torch.float32, not {short(chosen)}"
+            )
         if not use_safetensors:
             raise SignFastError("use_safetensors=False would read pickles, which can run code: leave it away")
         if not local_files_only:
@@ -187,7 +186,7 @@ class SiDPipeline(
         write = super().save_pretrained
         save_folder(
             Path(save_directory),
-            {"unet": self.unet, "vae": self.vae},
+            {name: part for name, part in self.components.items() if isinstance(part, torch.nn.Module)},
             lambda folder: write(str(folder), variant=variant, **options),
             card,
         )
@@ -288,7 +287,7 @@ class SiDPipeline(
         if each > 1:
             text = text[torch.arange(count, device=engine.device) // each]
         if given is None:
-            given = randn_like(torch.empty(shape, device=engine.device))
+            given = randn_like(torch.empty(shape, dtype=torch.float32, device=engine.device))
         self._upcast_vae()
         output: LatentOutput = "uint8" if output_type == "pil" else "latent" if output_type == "latent" else "float"
         images = engine.generate(to_device(given, engine.device), text, steps, noise, randn_like, output)
@@ -308,30 +307,6 @@ class SiDPipeline(
             self.vae.to(torch.float32)
 
     # ---- what diffusers' pipelines can do ----
-
-    def load_lora_weights(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **options: Any) -> None:
-        """As StableDiffusionPipeline's, or SDXL's where there are two text encoders: from a file, a folder or a dict.
-
-        Raises:
-            SignFastError: pickled, not on this machine, or no LoRA of this pipeline.
-        """
-        if not options.setdefault("use_safetensors", True):
-            raise SignFastError("use_safetensors=False would read pickles, which can run code: leave it away")
-        given = pretrained_model_name_or_path_or_dict
-        named: Any = "the dict" if isinstance(given, dict) else Path(given)
-        if isinstance(named, Path):
-            if not named.exists():
-                raise SignFastError(f"no LoRA at {named}: nothing is fetched, name a file or folder on this machine")
-            if named.is_dir():
-                named = named / options.setdefault("weight_name", LORA_WEIGHTS)
-            if named.suffix != ".safetensors" or not named.is_file():
-                raise SignFastError(f"{named} is no safetensors file on this machine: a LoRA is read from one")
-            given = str(given)
-        kind = "StableDiffusionLoraLoaderMixin" if self.text_encoder_2 is None else "StableDiffusionXLLoraLoaderMixin"
-        try:
-            getattr(_loaders, kind).load_lora_weights(self, given, *args, **options)
-        except Exception as error:  # whatever a damaged file makes another library raise
-            raise SignFastError(f"{named} cannot be loaded as a LoRA ({first_line(error)})") from error
 
     def enable_model_cpu_offload(self, *args: Any, **options: Any) -> None:
         """Refused.

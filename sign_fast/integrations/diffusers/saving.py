@@ -12,6 +12,7 @@ from typing import Any
 from ...checkpoints.atomic import explain_os_errors, replace_folder, write_text
 from ...errors import SignFastError
 from .loading import INDEX
+from .lora import has_adapters
 from .parts import PARTS
 
 CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
@@ -23,7 +24,7 @@ def save_folder(target: Path, networks: dict[str, Any], write: Callable[[Path], 
 
     Args:
         target: a new folder, an empty one, or a pipeline's.
-        networks: "unet" and "vae".
+        networks: those of the pipeline, by name.
         write: writes the pipeline's files into the folder that it is given.
         card: text of README.md, or None to leave an older one.
 
@@ -36,7 +37,7 @@ def save_folder(target: Path, networks: dict[str, Any], write: Callable[[Path], 
     if target.is_dir() and not (target / INDEX).is_file() and any(target.iterdir()):
         raise SignFastError(f"{target} holds other files than a pipeline's: name a new folder")
     for name, network in networks.items():
-        if any(".base_layer." in key for key in network.state_dict()):
+        if has_adapters(network):
             raise SignFastError(f"the {name} has adapters: call fuse_lora() and unload_lora_weights() before saving")
 
     def fill(temporary: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
 
 import numpy as np
@@ -11,20 +10,17 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
-from safetensors.torch import save_file
 
 from sign_fast.errors import SignFastError
-from sign_fast.integrations.diffusers import SiDPipeline, accelerate
+from sign_fast.integrations.diffusers import accelerate
 from sign_fast.integrations.diffusers import pipeline as pipeline_module
 from sign_fast.integrations.diffusers.prompts import PromptEncoder
 from sign_fast.sampling import few_step_latent
-from sign_fast.sampling.graphs import GraphRecaptureWarning, Graphs
-from sign_fast.sampling.latent_engine import LatentEngine
+from sign_fast.sampling.graphs import GraphRecaptureWarning
 from tests.golden_rules import OUTPUT_TOLERANCE, arrays, filled, normal, relative_error, settings
 from tests.integrations.diffusers import tiny
-from tests.stand_in_capture import TapeStandIn
+from tests.integrations.diffusers.students import PROMPTS, floats, fresh, latents_of
 
-PROMPTS = ["a cat on the red dog", ""]
 EACH_KIND = pytest.mark.parametrize("kind", tiny.KINDS)
 
 
@@ -39,20 +35,6 @@ def made():
         return pipes[kind]
 
     return of
-
-
-def fresh(kind, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a tiny teacher is no student
-        return SiDPipeline.from_pretrained(tiny.folder(kind), **options)
-
-
-def floats(pipe, prompt=PROMPTS, **options):
-    return pipe(prompt, output_type="np", **options).images
-
-
-def latents_of(pipe, prompt=PROMPTS, **options):
-    return pipe(prompt, output_type="latent", **options).images
 
 
 def generators(*seeds):
@@ -185,6 +167,18 @@ def test_one_generator_draws_as_diffusers_does(made):
     assert torch.equal(got, latents_of(pipe, num_inference_steps=2, noise_type="ddim"))
 
 
+def test_seeds_name_images_whatever_the_default_dtype(made):
+    pipe = made("sd15")
+    for draws in (lambda: {"seeds": [1, 2]}, lambda: {"generator": generators(1, 2)}):
+        want = latents_of(pipe, num_inference_steps=2, **draws())
+        torch.set_default_dtype(torch.float64)
+        try:
+            got = latents_of(pipe, num_inference_steps=2, **draws())
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(got, want)
+
+
 def test_images_a_prompt(made):
     pipe = made("sdxl")
     got = floats(pipe, ["a cat", "the dog"], num_images_per_prompt=2, seeds=[1, 2, 3, 4], num_inference_steps=1)
@@ -227,24 +221,6 @@ def test_a_prompt_that_is_too_long_is_cut_with_one_warning(made):
 # ---- parts that change, and captures ----
 
 
-class Captured(LatentEngine):
-    _is_captured = True
-
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self._graphs = Graphs("cpu", capture=TapeStandIn)
-
-
-@pytest.fixture
-def captured(monkeypatch):
-    """A pipeline that takes the way of CUDA, and what it captured."""
-    pipe = fresh("sd15")
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline_module, "LatentEngine", Captured)
-        engine = pipe.engine
-    return pipe, lambda: {k: v for k, v in engine.graphs.statistics().items() if k in ("captures", "replays", "graphs")}
-
-
 def test_a_generation_is_one_launch_of_steps_and_decoder(captured, made):
     pipe, counts = captured
     for seed in (1, 2):
@@ -252,85 +228,6 @@ def test_a_generation_is_one_launch_of_steps_and_decoder(captured, made):
         want = made("sd15")(PROMPTS[:1], num_inference_steps=2, seeds=seed).images[0]
         assert np.array_equal(np.asarray(got), np.asarray(want))
     assert counts() == {"captures": 1, "replays": 2, "graphs": 1}
-
-
-def lora(scale):
-    """A LoRA's weights for one layer of the tiny UNet, as files have them."""
-    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    return {
-        f"{layer}.lora_A.weight": scale * normal(7, 4, 64),
-        f"{layer}.lora_B.weight": normal(8, 64, 4),
-    }
-
-
-def test_lora_loaded_scaled_fused_and_unloaded(captured):
-    pipe, counts = captured
-    given = {"num_inference_steps": 1, "seeds": 1}
-
-    def shown():
-        got = latents_of(pipe, "a cat", **given)
-        with torch.no_grad():
-            text = PromptEncoder(pipe).encode(["a cat"])
-            z = pipeline_module.draws_of(1, torch.device("cpu"), None, 1)(torch.empty(1, 4, 8, 8))
-            want = few_step_latent(lambda x, t: pipe.unet(x, t, text.states).sample, z, num_steps=1)
-        assert relative_error(got, want) <= OUTPUT_TOLERANCE
-        return got
-
-    first = shown()
-    with pytest.warns(GraphRecaptureWarning) as record:
-        pipe.load_lora_weights(lora(1.0), adapter_name="a")
-        loaded = shown()
-        pipe.set_adapters("a", 0.25)
-        scaled = shown()
-        pipe.fuse_lora()
-        fused = shown()
-        pipe.unfuse_lora()
-        pipe.unload_lora_weights()
-        last = shown()
-    assert sum(issubclass(w.category, GraphRecaptureWarning) for w in record) == 1
-    assert relative_error(last, first) <= OUTPUT_TOLERANCE and relative_error(fused, scaled) <= 1e-4
-    assert relative_error(loaded, first) > 1e-3 and relative_error(scaled, loaded) > 1e-3
-    assert counts()["graphs"] == 1 and counts()["captures"] == 5
-
-
-class Harmful:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (self.path, "w")
-
-
-def test_pickled_adapters_are_not_read(tmp_path):
-    (tmp_path / "lora").mkdir()
-    (tmp_path / "lora" / "pytorch_lora_weights.bin").write_bytes(pickle.dumps(Harmful(str(tmp_path / "harm"))))
-    pipe = fresh("sd15")
-    with pytest.raises(SignFastError, match="would read pickles"):
-        pipe.load_lora_weights(tmp_path / "lora", use_safetensors=False)
-    for named in ({}, {"weight_name": "pytorch_lora_weights.bin"}):
-        with pytest.raises(SignFastError, match="is no safetensors file on this machine"):
-            pipe.load_lora_weights(tmp_path / "lora", **named)
-    with pytest.raises(SignFastError, match="is no safetensors file on this machine"):
-        pipe.load_lora_weights(tmp_path / "lora" / "pytorch_lora_weights.bin")
-    with pytest.raises(SignFastError, match="nothing is fetched"):
-        pipe.load_lora_weights("someone/lora")
-    assert not (tmp_path / "harm").exists()
-
-
-def test_loras_of_files(tmp_path):
-    pipe, first = fresh("sd15"), latents_of(fresh("sd15"), "a cat", num_inference_steps=1, seeds=1)
-    path = tmp_path / "pytorch_lora_weights.safetensors"
-    path.write_bytes(b"cut")
-    for source in (tmp_path, path):
-        with pytest.raises(SignFastError, match="cannot be loaded as a LoRA"):
-            pipe.load_lora_weights(source)
-    save_file(lora(1.0), path)
-    shown = []
-    for source in (tmp_path, path):
-        pipe.load_lora_weights(source)
-        shown.append(latents_of(pipe, "a cat", num_inference_steps=1, seeds=1))
-        pipe.unload_lora_weights()
-    assert torch.equal(*shown) and relative_error(shown[0], first) > 1e-3
 
 
 def test_an_accelerated_pipeline(made, captured):
@@ -357,6 +254,9 @@ def test_another_network_is_another_engine(made):
     pipe.unet = tiny.unet("sdxl")
     with pytest.raises(SignFastError, match="embeddings of 16 numbers, the UNet takes 32"):
         floats(pipe, seeds=[1, 2], num_inference_steps=1)
+    pipe.scheduler = None
+    with pytest.raises(SignFastError, match="the scheduler is a NoneType, which is not supported"):
+        floats(pipe, seeds=[1, 2], num_inference_steps=1)
 
 
 # ---- refusals ----
@@ -374,6 +274,8 @@ ONE = {"prompt": "a cat", "num_inference_steps": 1}
         ({"prompt_embeds": torch.zeros(1, 16, 16)}, "give prompts or prompt_embeds"),
         ({"prompt": None, "prompt_embeds": torch.zeros(1, 16, 8)}, r"prompt_embeds must be \(prompts, tokens, 16\)"),
         ({"prompt": None, "prompt_embeds": torch.zeros(0, 16, 16)}, r"prompt_embeds must be \(prompts, tokens, 16\)"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(1, 0, 16)}, r"prompt_embeds must be \(prompts, tokens, 16\)"),
+        ({"prompt": None, "prompt_embeds": torch.ones(1, 16, 16).int()}, r"floats, not \(1, 16, 16\) of torch.int32"),
         ({"pooled_prompt_embeds": torch.zeros(1, 3)}, "pooled_prompt_embeds go with prompt_embeds"),
         (
             {"prompt": None, "prompt_embeds": torch.zeros(1, 16, 16), "pooled_prompt_embeds": torch.zeros(1, 3)},
@@ -394,6 +296,7 @@ ONE = {"prompt": "a cat", "num_inference_steps": 1}
         ({"latents": "z"}, "latents must be"),
         ({"seeds": [1, 2]}, "2 seeds for 1 images"),
         ({"seeds": [-1]}, "seed -1 is out of range"),
+        ({"seeds": 1.5}, "seed 1.5 is not a whole number"),
         ({"seeds": [1], "generator": torch.Generator()}, "give seeds or a generator"),
         ({"generator": [torch.Generator(), torch.Generator()]}, "2 generators for 1 images"),
         ({"generator": 3}, "generator must be a torch.Generator"),

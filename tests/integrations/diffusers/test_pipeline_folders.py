@@ -23,6 +23,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5EncoderModel
 
 from sign_fast.errors import SignFastError
 from sign_fast.integrations.diffusers import SiDPipeline
@@ -252,6 +253,7 @@ def test_configurations_of_a_network(copied, changes, message):
     [
         ({"class_embed_type": "timestep"}, "has class_embed_type='timestep', which is not supported"),
         ({"num_class_embeds": 4}, "has num_class_embeds=4, which is not supported"),
+        ({"time_cond_proj_dim": 8}, "has time_cond_proj_dim=8, which is not supported"),
         ({"addition_embed_type": "text"}, "has addition_embed_type='text', which is not supported"),
         ({"in_channels": 9}, "the UNet takes 9 and gives 4 channels, the VAE has 4"),
         ({"out_channels": 8}, "the UNet takes 4 and gives 8 channels, the VAE has 4"),
@@ -352,13 +354,23 @@ def test_parts_of_others(student):
     refused(tiny.folder("sdxl"), "the UNet takes 36 numbers of pooled text and sizes, but gets 33",
             text_encoder_2=tiny.text_encoder(projection=9))  # fmt: skip
     refused(student, "a pipeline has no part|takes no vqvae", vqvae=None)
+    t5 = T5EncoderModel(T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=600))
+    refused(student, "the text_encoder is a T5EncoderModel, which is not supported: it must be a CLIPTextModel",
+            text_encoder=t5)  # fmt: skip
+    for name in ("tokenizer", "text_encoder", "scheduler", "unet", "vae"):
+        for part in (None, object()):
+            refused(student, f"the {name} is a (NoneType|object), which is not supported: it must be a", **{name: part})
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"use_safetensors": False}, "would read pickles"),
-        ({"torch_dtype": "half"}, "torch_dtype must be a torch.dtype"),
+        ({"torch_dtype": "half"}, "torch_dtype must be torch.bfloat16, torch.float16 or torch.float32, not 'half'"),
+        (
+            {"torch_dtype": torch.int8},
+            "torch_dtype must be torch.bfloat16, torch.float16 or torch.float32, not torch.int8",
+        ),
         ({"torch_dtype": torch.float16, "dtype": torch.float16}, "are one option"),
         ({"num_inference_steps": 0}, "num_inference_steps must be 1 to 4"),
         ({"noise_type": "old"}, "noise_type must be fresh, fixed or ddim"),
@@ -366,7 +378,7 @@ def test_parts_of_others(student):
         ({"custom_pipeline": "mine"}, "from_pretrained takes no custom_pipeline"),
         ({"trust_remote_code": True}, "from_pretrained takes no trust_remote_code"),
     ],
-    ids=["pickles", "dtype", "dtypes", "steps", "noise", "device_map", "custom", "trust"],
+    ids=["pickles", "dtype", "int8", "dtypes", "steps", "noise", "device_map", "custom", "trust"],
 )
 def test_options(student, options, message):
     refused(student, message, **options)
@@ -418,6 +430,33 @@ def test_shards_outside_of_the_folder(copied, name):
     index = {"metadata": {}, "weight_map": {"conv_in.weight": name}}
     (copied / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     refused(copied, "which is no safetensors file of its folder: do not trust it")
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+@pytest.mark.parametrize("name", ["weights.bin", "../../secret.safetensors"])
+def test_an_index_beside_a_whole_file(copied, part, name):
+    """diffusers reads what the index names, and a pickle where it names one."""
+    (weights,) = (copied / part).glob("*.safetensors")
+    tensors = load_file(weights)
+    save_file(tensors, copied.parent / "secret.safetensors")
+    torch.save(tensors, copied / part / "weights.bin")
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(tensors, name)}
+    weights.with_name(f"{weights.name}.index.json").write_text(json.dumps(index))
+    refused(copied, "which is no safetensors file of its folder: do not trust it")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attn_implementation", "someone/kernel"),
+        ("_attn_implementation", "kernels-community/flash-attn"),
+        ("transformers_weights", "other.safetensors"),
+    ],
+)
+def test_configurations_that_lead_elsewhere(copied, key, value):
+    shutil.copy(copied / "text_encoder" / "model.safetensors", copied / "text_encoder" / "other.safetensors")
+    edit(copied / "text_encoder" / "config.json", **{key: value})
+    refused(copied, f"text_encoder has {key}='{value}', which leads elsewhere: do not trust it")
 
 
 @pytest.mark.parametrize("weight_map", [None, {}, {"a": 1}, ["a"]], ids=range(4))
