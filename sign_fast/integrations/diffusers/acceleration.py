@@ -10,7 +10,7 @@ from torch import nn
 
 from ...errors import SignFastError
 from ...kernels.dispatch import Reason
-from .classes import become
+from .classes import become, derived_since, is_ours, plain_class
 from .report import Acceleration, Found
 from .versions import require_diffusers
 
@@ -31,7 +31,8 @@ def accelerate(pipeline_or_model: Any, *, attention: bool = True, channels_last:
 
     Args:
         pipeline_or_model: a DiffusionPipeline, a UNet2DModel, UNet2DConditionModel or AutoencoderKL, or a module with
-            some of them inside (DistributedDataParallel, a PeftModel). Once more is once.
+            some of them inside (DistributedDataParallel, a PeftModel). Once more is once, and takes in what has been
+            replaced since, such as an activation.
         attention: whether attention becomes ours.
         channels_last: whether weights, and so activations, become channels_last. An output is then laid out like that
             as well: reshape it rather than view it.
@@ -64,20 +65,23 @@ def restore(pipeline_or_model: Any) -> None:
     """Undo `accelerate`, also of a copy: classes and the strides of every parameter as they were, values as they are.
 
     Raises:
-        SignFastError: diffusers is missing, or nothing in it is supported.
+        SignFastError: diffusers is missing, nothing in it is supported, or a module is of a class made out of ours
+            since (parametrized, sharded). Nothing is changed then.
     """
     require_diffusers()
-    from . import sites
-    from .modules import FOLLOWER
-
-    for model in _models(pipeline_or_model).values():
+    models = _models(pipeline_or_model)
+    for prefix, model in models.items():
+        for name, module in model.named_modules(prefix=prefix):
+            if derived_since(module):
+                kind = type(module).__name__
+                raise SignFastError(f"{name} has become a {kind} since accelerate: undo that first, then restore")
+    for model in models.values():
         for module in model.modules():
-            plain = module.__dict__.pop(sites.CLASS, None)
-            if plain is not None:
-                become(module, plain)
-            module.__dict__.pop(FOLLOWER, None)
-            for name, stride in module.__dict__.pop(_STRIDES, {}).items():
-                _lay_out(getattr(module, name, None), stride)
+            if is_ours(type(module)):  # a LoRA layer's convolution too, which peft makes of its base layer's class
+                become(module, plain_class(module))
+            _disconnect(module)
+            for name, (shape, stride) in module.__dict__.pop(_STRIDES, {}).items():
+                _lay_out(getattr(module, name, None), shape, stride)
 
 
 # ---- what is accelerated ----
@@ -125,7 +129,7 @@ def _others(given: Any, models: dict[str, nn.Module]) -> Iterator[Found]:
         return
     for name, part in given.components.items():
         if isinstance(part, nn.Module) and not any(key.partition(".")[0] == name for key in models):
-            yield Found(name, type(part).__name__, "", Reason("neither a UNet nor an autoencoder with group norms"))
+            yield Found(name, type(part).__name__, "", Reason(f"only {', '.join(SUPPORTED)} are supported"))
 
 
 # ---- changing ----
@@ -134,34 +138,48 @@ def _others(given: Any, models: dict[str, nn.Module]) -> Iterator[Found]:
 def _change(model: nn.Module, *, attention: bool, channels_last: bool) -> None:
     from . import followers, sites
     from .attention import Attention
-    from .modules import Conv2d
+    from .modules import ACTIVATION, Conv2d
 
     left = [*([] if attention else [Attention]), *([] if channels_last else [Conv2d])]  # C++ convolves in channels_last
     for found in list(sites.candidates(model)):
         if found.ours is None or found.reason is not None or found.ours in left:
             continue
-        found.module.__dict__.setdefault(sites.CLASS, type(found.module))
         become(found.module, found.ours)
+    for module in model.modules():
+        _disconnect(module)
+    for norm, silu in sites.pairs(model):
+        norm.__dict__[ACTIVATION] = silu
     for module in model.modules():
         if hasattr(module, "mid_block"):
             followers.connect(module)
     if channels_last:
-        for module in model.modules():
-            _to_channels_last(module)
+        for module in model.modules():  # all before the first is changed: two modules may share one
+            _keep_strides(module)
+        for _, parameter in sites.images(model):
+            if sites.parameter_reason(parameter) is None:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
-def _to_channels_last(module: nn.Module) -> None:
+def _disconnect(module: nn.Module) -> None:
+    from .modules import ACTIVATION, FOLLOWER
+
+    module.__dict__.pop(ACTIVATION, None)
+    module.__dict__.pop(FOLLOWER, None)
+
+
+def _keep_strides(module: nn.Module) -> None:
     from . import sites
 
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.ndim == 4 and sites.parameter_reason(parameter) is None:
-            module.__dict__.setdefault(_STRIDES, {}).setdefault(name, parameter.stride())
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+            kept = module.__dict__.setdefault(_STRIDES, {})
+            kept.setdefault(name, (parameter.shape, parameter.stride()))
 
 
-def _lay_out(parameter: Any, stride: tuple[int, ...]) -> None:
+def _lay_out(parameter: Any, shape: torch.Size, stride: tuple[int, ...]) -> None:
+    """Strides as they were; a parameter of another shape is another one and stays as it is."""
     from . import sites
 
-    if isinstance(parameter, nn.Parameter) and parameter.ndim == len(stride) and not sites.parameter_reason(parameter):
+    if isinstance(parameter, nn.Parameter) and parameter.shape == shape and not sites.parameter_reason(parameter):
         data = parameter.data
         parameter.data = torch.empty_strided(data.shape, stride, dtype=data.dtype, device=data.device).copy_(data)

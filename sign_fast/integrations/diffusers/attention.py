@@ -37,6 +37,8 @@ _READ: tuple[str, ...] = (
 _READ += ("residual_connection", "rescale_output_factor", "is_cross_attention", "processor")
 
 CROSS = Reason("keys and values are the text's tokens, whose number is another: PyTorch's attention")
+# temb is for spatial norms; the others are for IP-Adapters' processors, and diffusers' Attention drops them silently
+_UNREAD = frozenset(("temb", "ip_adapter_masks", "ip_hidden_states"))
 _MASK = Reason("a mask is given: diffusers' processor")
 _KEYWORDS = Reason("cross_attention_kwargs are given, which only diffusers' processors read", "leave them out")
 _SPATIAL = Reason("its norm is spatial: diffusers' processor")
@@ -96,7 +98,7 @@ class Attention(attention_processor.Attention):  # type: ignore[misc]
         """None where this call is ours."""
         if attention_mask is not None:
             return _MASK
-        if any(name != "temb" for name in keywords):  # temb is for spatial norms only
+        if not keywords.keys() <= _UNREAD:
             return _KEYWORDS
         return processor_reason(self)
 

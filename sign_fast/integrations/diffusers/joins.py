@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import functional
+from .classes import untouched
 
 _ATTRIBUTE = "_sign_fast_normed"
 
@@ -36,17 +37,6 @@ class _Normed(NamedTuple):
 def expects_follower(follower: Follower | None) -> bool:
     """Whether `join` will make the follower's norm in all likelihood."""
     return follower is not None and not torch.compiler.is_compiling() and not torch.is_grad_enabled()
-
-
-def untouched(module: nn.Module) -> bool:
-    """Whether calling the module is no more than its forward: its parameters may be used without calling it."""
-    return not (
-        "forward" in module.__dict__
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def join(h: Tensor, skip: Tensor, scale: float, follower: Follower | None, bias: Tensor | None = None) -> Tensor:

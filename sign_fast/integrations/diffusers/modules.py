@@ -18,12 +18,15 @@ from torch import Tensor, nn
 from ... import functional
 from ...kernels.convolution.op import supports as supports_convolution
 from ...kernels.device import interpreting
-from ...kernels.dispatch import Reason
-from .joins import Follower, expects_follower, join, take, untouched
+from ...kernels.dispatch import Reason, fall_back
+from .classes import untouched, unwatched
+from .joins import Follower, expects_follower, join, take
 
 _ACTIVATED = "_sign_fast_activated"
 FOLLOWER = "_sign_fast_follower"
 """The attribute with the `Follower` of a module's output; absent where it goes elsewhere."""
+ACTIVATION = "_sign_fast_activation"
+"""The attribute with the `SiLU` that a `GroupNormSiLU`'s caller goes on with."""
 
 
 def follower_of(module: nn.Module) -> Follower | None:
@@ -71,6 +74,11 @@ class GroupNormSiLU(GroupNorm):
     """GroupNorm whose caller goes on with a SiLU, which is in it already and which `SiLU` then leaves out."""
 
     def forward(self, input: Tensor, **surroundings: Any) -> Tensor:
+        reason = pair_reason(self)
+        if reason is not None:
+            if not torch.compiler.is_compiling():
+                fall_back("a norm of diffusers", reason)
+            return super().forward(input, **surroundings)
         y = super().forward(input, **{"activation": "silu", **surroundings})
         setattr(y, _ACTIVATED, True)
         return y
@@ -126,7 +134,10 @@ class ResnetBlock2D(resnet.ResnetBlock2D):  # type: ignore[misc]
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """input_tensor (B, C, H, W), temb (B, E) or None -> (B, C', H', W')."""
-        if args or kwargs or not self._is_whole() or (temb is not None and self.time_emb_proj is None):
+        reason = block_reason(self)
+        if reason is not None and not torch.compiler.is_compiling():
+            fall_back("a residual block of diffusers", reason)
+        if args or kwargs or reason is not None or (temb is not None and self.time_emb_proj is None):
             return super().forward(input_tensor, temb, *args, **kwargs)  # type: ignore[arg-type]  # None is taken
         hidden = self.norm1(input_tensor, activation="silu")
         resample = self.upsample if self.upsample is not None else self.downsample
@@ -136,7 +147,7 @@ class ResnetBlock2D(resnet.ResnetBlock2D):  # type: ignore[misc]
         if self.time_emb_proj is not None:
             temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
         if self.time_embedding_norm == "scale_shift":
-            scale, shift = temb.chunk(2, dim=1)  # type: ignore[union-attr]  # _is_whole: there is a projection
+            scale, shift = temb.chunk(2, dim=1)  # type: ignore[union-attr]  # block_reason: there is a projection
             hidden = self.norm2(hidden, input_bias=bias, scale=scale, shift=shift, activation="silu")
         else:
             hidden = self.norm2(hidden, input_bias=bias, emb=temb, activation="silu")
@@ -148,15 +159,6 @@ class ResnetBlock2D(resnet.ResnetBlock2D):  # type: ignore[misc]
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
         return join(hidden, input_tensor, 1 / self.output_scale_factor, follower, bias)
-
-    def _is_whole(self) -> bool:
-        """Whether the norms are still ours and the activation still SiLU: each may have been replaced since."""
-        return (
-            isinstance(self.norm1, GroupNorm)
-            and isinstance(self.norm2, GroupNorm)
-            and type(self.nonlinearity) is nn.SiLU
-            and (self.time_embedding_norm != "scale_shift" or self.time_emb_proj is not None)
-        )
 
 
 class Transformer2DModel(transformer_2d.Transformer2DModel):  # type: ignore[misc]
@@ -180,6 +182,7 @@ class Transformer2DModel(transformer_2d.Transformer2DModel):  # type: ignore[mis
 _NOT_SILU = Reason("its activation is not SiLU")
 _NORM = Reason("its norms are not plain group norms")
 _TIME = Reason("its time embedding enters in another way than by sum or by scale and shift")
+_WATCHED = Reason("a hook or another forward on its norm or activation has to see that step alone", "remove it")
 _CHANGED = Reason("diffusers' class does not look as in the tested versions", "install a tested version")
 
 
@@ -195,6 +198,25 @@ def resnet_reason(block: nn.Module) -> Reason | None:
     if any(type(norm) not in (nn.GroupNorm, GroupNorm) for norm in (block.norm1, block.norm2)):
         return _NORM
     return None if type(block.nonlinearity) is nn.SiLU else _NOT_SILU
+
+
+def block_reason(block: ResnetBlock2D) -> Reason | None:
+    """None where this block of ours can make its norms and SiLUs at once now: each may have been replaced since."""
+    if not (isinstance(block.norm1, GroupNorm) and isinstance(block.norm2, GroupNorm)):
+        return _NORM
+    if type(block.nonlinearity) is not nn.SiLU:
+        return _NOT_SILU
+    if block.time_embedding_norm == "scale_shift" and block.time_emb_proj is None:
+        return _TIME
+    return None if all(map(unwatched, (block.norm1, block.norm2, block.nonlinearity))) else _WATCHED
+
+
+def pair_reason(norm: GroupNormSiLU) -> Reason | None:
+    """None where this norm can make its SiLU as well now."""
+    silu = norm.__dict__.get(ACTIVATION)
+    if type(silu) is not SiLU:
+        return _NOT_SILU
+    return None if unwatched(norm) and unwatched(silu) else _WATCHED
 
 
 def convolution_reason(convolution: nn.Conv2d) -> Reason | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...kernels.dispatch import Reason
 from .attention import Attention, attention_reason, kernel_reason
+from .classes import plain_class
 from .modules import (
     Conv2d,
     GroupNorm,
@@ -19,21 +20,23 @@ from .modules import (
     ResnetBlock2D,
     SiLU,
     Transformer2DModel,
+    block_reason,
     convolution_reason,
     follower_of,
+    pair_reason,
     resnet_reason,
     transformer_reason,
 )
 from .report import Found
 
-CLASS = "_sign_fast_class"
-"""The attribute with the class that a module of ours had."""
-
+# a network's last norm; the skip connections' in NCSN++'s up blocks
+_PAIRS = (("conv_norm_out", "conv_act"), ("skip_norm", "act"))
 _NORM, _NORM_SILU, _SUM, _ATTENTION = "GroupNorm", "GroupNorm–SiLU", "residual sum", "attention"
 _ONE_PASS = "functional.group_norm_silu"
-_JOINED = "functional.residual_group_norm_silu, with the next norm"
-_LEFT_ON_REQUEST = Reason(
-    "accelerate was told to leave it", "call it again without attention=False, channels_last=False"
+_JOINED = "functional.residual_group_norm_silu with the next norm; with gradients or compiled one addition"
+_PLAIN = Reason(
+    "it is diffusers' own: accelerate was told to leave it, or undone",
+    "call it again without attention=False, channels_last=False",
 )
 _OVERRIDDEN = Reason("its forward is overridden on the instance", "accelerate before what overrides it")
 _FORMAT = Reason("its weight is not in channels_last", "call accelerate again with channels_last=True")
@@ -84,11 +87,10 @@ def candidates(model: nn.Module) -> Iterator[Candidate]:
 
 def look(model: nn.Module, prefix: str) -> Iterator[Found]:
     """The model's sites as they are now, their names after `prefix`."""
+    split = _split(model)
     for c in candidates(model):
         name = ".".join(filter(None, (prefix, c.name)))
-        reason = c.reason
-        if reason is None and type(c.module) is not c.ours:
-            reason = _LEFT_ON_REQUEST
+        reason = c.reason or (_PLAIN if type(c.module) is not c.ours else split.get(c.module))
         yield Found(name, c.kind, c.uses, reason)
         if reason is None and c.kind == _ATTENTION and kernel_reason(c.module) is not None:
             yield Found(name, "attention kernel", "", kernel_reason(c.module))
@@ -97,11 +99,6 @@ def look(model: nn.Module, prefix: str) -> Iterator[Found]:
         if reason is None and not parameter.is_contiguous(memory_format=torch.channels_last):
             reason = _FORMAT
         yield Found(".".join(filter(None, (prefix, name))), "convolution weight", "channels_last", reason)
-
-
-def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The class that the module has, or had before it became ours."""
-    return module.__dict__.get(CLASS, type(module))
 
 
 def images(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -140,13 +137,34 @@ def _keeps_ours(module: nn.Module) -> bool:
 def _norms_with_silu(model: Any) -> dict[nn.Module, type[nn.Module]]:
     """The norms whose SiLU is called with them, and such SiLUs as are modules of their own, with what they become."""
     found: dict[nn.Module, type[nn.Module]] = {}
+    for norm, silu in pairs(model):
+        found |= {norm: GroupNormSiLU, silu: SiLU}
     for module in model.modules():
-        norm, silu = getattr(module, "conv_norm_out", None), getattr(module, "conv_act", None)
-        if isinstance(norm, nn.GroupNorm) and isinstance(silu, nn.SiLU):
-            if plain_class(norm) is nn.GroupNorm and plain_class(silu) is nn.SiLU:
-                found |= {norm: GroupNormSiLU, silu: SiLU}
-        elif isinstance(module, resnet.ResnetBlock2D) and resnet_reason(module) is None:
+        if isinstance(module, resnet.ResnetBlock2D) and resnet_reason(module) is None:
             found |= {module.norm1: GroupNorm, module.norm2: GroupNorm}
+    return found
+
+
+def pairs(model: nn.Module) -> Iterator[tuple[nn.GroupNorm, nn.SiLU]]:
+    """Each norm and the SiLU module that its owner calls with its output, and only with that."""
+    for module in model.modules():
+        for first, second in _PAIRS:
+            norm, silu = getattr(module, first, None), getattr(module, second, None)
+            if not isinstance(norm, nn.GroupNorm) or not isinstance(silu, nn.SiLU):
+                continue
+            if plain_class(norm) is nn.GroupNorm and plain_class(silu) is nn.SiLU:
+                yield norm, silu
+
+
+def _split(model: nn.Module) -> dict[nn.Module, Reason]:
+    """The modules of ours that for now run step by step."""
+    found: dict[nn.Module, Reason] = {}
+    for module in model.modules():
+        if type(module) is ResnetBlock2D and (reason := block_reason(module)) is not None:
+            found |= {module: reason, module.norm1: reason, module.norm2: reason}
+    for norm, silu in pairs(model):
+        if type(norm) is GroupNormSiLU and (reason := pair_reason(norm)) is not None:
+            found |= {norm: reason, silu: reason}
     return found
 
 

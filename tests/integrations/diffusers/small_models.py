@@ -49,6 +49,15 @@ SCORE_SDE = DDPM | {
     "upsample_type": "resnet",
     "resnet_time_scale_shift": "scale_shift",
 }
+# its blocks also carry images to the output, each through a norm and a SiLU of their own
+NCSNPP = {
+    **DDPM,
+    "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D"),
+    "up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D"),
+    "layers_per_block": 1,
+    "mid_block_scale_factor": 2**0.5,
+    "time_embedding_type": "fourier",
+}
 AUTOENCODER: dict[str, Any] = {
     "block_out_channels": (16, 32),
     "down_block_types": ("DownEncoderBlock2D",) * 2,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.utils.checkpoint import checkpoint
 
@@ -21,6 +22,7 @@ CASES: dict[str, tuple[Any, Any]] = {
     "scale_shift": (lambda: small.unet(small.SCALE_SHIFT), small.call_unet),
     "ddpm": (lambda: small.unconditional(small.DDPM), small.call_unconditional),
     "score_sde": (lambda: small.unconditional(small.SCORE_SDE), small.call_unconditional),
+    "ncsnpp": (lambda: small.unconditional(small.NCSNPP), small.call_unconditional),
     "autoencoder": (small.autoencoder, small.call_autoencoder),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -53,14 +55,14 @@ def test_outputs_are_as_near_to_float64_as_plain_diffusers(case, dtype, channels
 
 
 def test_every_gradient_is_as_near_to_float64_as_plain_diffusers(case):
-    name, net, call, _ = case
+    _, net, call, _ = case
 
     def gradients(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        channels = 4 if "unet" in type(model).__name__.lower() and name not in ("ddpm", "score_sde") else 3
+        channels = 4 if isinstance(model, UNet2DConditionModel) else 3
         x = small.draw(2, channels, 16, 16, seed=1).to(dtype).requires_grad_()
         y = call(model, dtype, x)
         weights = small.draw(*y.shape, seed=5).to(dtype)
-        named = dict(model.named_parameters())
+        named = {key: p for key, p in model.named_parameters() if p.requires_grad}
         found = torch.autograd.grad((y * weights).sum(), [x, *named.values()], allow_unused=True)
         return {key: g for key, g in zip(["input", *named], found, strict=True) if g is not None}
 
@@ -117,13 +119,17 @@ def test_gradient_checkpointing(reentrant):
         torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-4 * c.abs().max().item())
 
 
-def test_freeu_slicing_masks_and_fused_projections_are_plain_diffusers():
-    net = small.unet(small.SD15)
+def test_what_else_diffusers_unets_do_is_plain_diffusers():
+    net = small.unet(small.SD15 | {"attention_type": "gated"})
     mask = torch.ones(2, 7)
     mask[:, 4:] = 0
+    boxes = {"boxes": small.draw(2, 3, 4, seed=7), "masks": torch.ones(2, 3)}
+    boxes |= {"positive_embeddings": small.draw(2, 3, 24, seed=8)}
 
     def outputs() -> dict[str, torch.Tensor]:
         found = {"plain": small.call_unet(net, torch.float64)}
+        gligen = {key: value.double() for key, value in boxes.items()}
+        found["gligen"] = small.call_unet(net, torch.float64, cross_attention_kwargs={"gligen": gligen})
         found["mask"] = small.call_unet(net, torch.float64, encoder_attention_mask=mask.double())
         net.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
         found["freeu"] = small.call_unet(net, torch.float64)
@@ -157,7 +163,35 @@ def test_freeu_slicing_masks_and_fused_projections_are_plain_diffusers():
     for key in want:
         torch.testing.assert_close(got[key], want[key], rtol=1e-9, atol=1e-9, msg=key)
         assert torch.equal(back[key], want[key]), key
-    assert not torch.allclose(want["plain"], want["mask"]) and not torch.allclose(want["plain"], want["freeu"])
+    for key in ("mask", "freeu", "gligen", "controlnet", "adapter"):
+        assert not torch.allclose(want["plain"], want[key]), key
+
+
+def test_what_else_diffusers_autoencoders_do_is_plain_diffusers():
+    net = small.copy_in(small.autoencoder(), torch.float64)
+    x = small.draw(2, 3, 24, 40, seed=1)
+
+    def outputs() -> dict[str, torch.Tensor]:
+        found = {"plain": small.call_autoencoder(net, torch.float64, x)}
+        net.enable_slicing()
+        found["sliced"] = small.call_autoencoder(net, torch.float64, x)
+        net.disable_slicing()
+        net.enable_tiling()
+        net.tile_sample_min_size, net.tile_latent_min_size = 16, 8
+        found["tiled"] = small.call_autoencoder(net, torch.float64, x)
+        net.disable_tiling()
+        net.fuse_qkv_projections()
+        found["fused"] = small.call_autoencoder(net, torch.float64, x)
+        net.unfuse_qkv_projections()
+        return found
+
+    with torch.no_grad():
+        want = outputs()
+        accelerate(net)
+        got = outputs()
+    for key in want:
+        torch.testing.assert_close(got[key], want[key], rtol=1e-9, atol=1e-9, msg=key)
+    assert not torch.allclose(want["plain"], want["tiled"])
 
 
 def test_a_sum_changed_in_place_is_normalised_anew():

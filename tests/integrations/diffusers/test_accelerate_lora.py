@@ -91,6 +91,17 @@ def test_accelerate_and_restore_around_an_adapter():
     assert not any("sign_fast" in type(m).__module__ for m in net.modules())
 
 
+def test_restore_while_an_adapter_is_there():
+    """peft makes a convolution's adapter of the convolution's own class."""
+    net = _network()
+    accelerate(net)
+    _adapter(net, "one", 1)
+    want = _call(net)
+    restore(net)
+    assert not any("sign_fast" in type(m).__module__ for m in net.modules())
+    torch.testing.assert_close(_call(net), want, **CLOSE)
+
+
 def test_an_adapter_learns_as_without():
     def gradients(speed: bool) -> dict[str, torch.Tensor]:
         net = _network().requires_grad_(False)
