@@ -11,7 +11,7 @@ HEAVY = ("torch._dynamo", "triton", "diffusers", "transformers", "huggingface_hu
 WORK = {
     "import": "import sign_fast, sign_fast.models, sign_fast.functional, sign_fast.sampling, sign_fast.metrics",
     "generate": "from sign_fast import ImageGenerator; ImageGenerator.from_pretrained('digits-uncond', 'cpu')([0, 1])",
-    "integrations": "import sign_fast.integrations.diffusers",
+    "integrations": "import sign_fast.integrations.diffusers.loading, sign_fast.integrations.diffusers.prompts",
     "command line": "from sign_fast.cli.main import cli; cli.main(['--help'], standalone_mode=False)",
 }
 

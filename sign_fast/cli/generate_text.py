@@ -21,7 +21,7 @@ def read_texts(prompt: str | None, prompts: Path | None, num: int | None) -> lis
     """The prompts that the options name: one, or those of a file, of which NUM are taken.
 
     Raises:
-        SignFastError: neither or both options, or a file without prompts.
+        SignFastError: neither or both options, a blank prompt, or a file without prompts.
     """
     from ..data.prompts import read_prompts
 
@@ -31,6 +31,8 @@ def read_texts(prompt: str | None, prompts: Path | None, num: int | None) -> lis
         return read_prompts(prompts)[:num]
     if prompt is None:
         raise SignFastError("a text-to-image pipeline needs --prompt TEXT or --prompts FILE")
+    if not prompt.strip():
+        raise SignFastError("--prompt is blank: give a text")
     return [prompt]
 
 

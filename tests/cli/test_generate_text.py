@@ -64,6 +64,7 @@ def test_one_prompt_and_several(student, tmp_path, capfd):
         ([], "a text-to-image pipeline needs --prompt TEXT or --prompts FILE"),
         (["--prompt", "a", "--prompts", "none.txt"], "--prompt and --prompts are one choice"),
         (["--prompts", "none.txt"], "none.txt"),
+        (["--prompt", " "], "--prompt is blank: give a text"),
         (["--prompt", "a", "--rho", "7", "--class", "1"], "--rho, --class do not go with a text-to-image pipeline"),
         (["--prompt", "a", "--noise", "philox"], "--noise philox does not go with"),
         (["--prompt", "a", "--steps", "900"], "num_inference_steps must be 1 to 4"),

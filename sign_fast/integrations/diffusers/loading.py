@@ -169,11 +169,14 @@ def _load_model(cls: Any, place: Path, dtype: torch.dtype | None, variant: str |
         raise SignFastError(
             f"{place} cannot be loaded as {cls.__name__} ({first_line(error)}): copy it again"
         ) from error
-    if lacks := sorted(map(str, info["missing_keys"])):
-        raise SignFastError(
-            f"{place} lacks {', '.join(lacks[:3])}{f' and {len(lacks) - 3} more' if len(lacks) > 3 else ''}: "
-            "weights and configuration are of different networks"
-        )
+    # older versions of transformers saved position_ids, which are no weights
+    unused = [key for key in map(str, info["unexpected_keys"]) if not key.endswith("position_ids")]
+    for what, keys in (("lacks", map(str, info["missing_keys"])), ("has no use for", unused)):
+        if names := sorted(keys):
+            others = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise SignFastError(
+                f"{place} {what} {', '.join(names[:3])}{others}: weights and configuration are of different networks"
+            )
     return model.eval()
 
 

@@ -275,6 +275,7 @@ def _dtype_of(net: Any) -> torch.dtype:
     return torch.float32
 
 
+_FEWEST_TOKENS = 3  # a begin, a word and an end
 _CLIP = ("get_input_embeddings", "config.hidden_size", "config.max_position_embeddings")
 _LOOKS = (
     ("text_encoder", "CLIPTextModel", _CLIP),
@@ -309,6 +310,13 @@ def _check(parts: Parts) -> None:
         if not all(map(partial(_has, part), needed)) and not (part is None and name in OPTIONAL):
             raise SignFastError(
                 f"the {name} is a {type(part).__name__}, which is not supported: it must be a {class_name}"
+            )
+    for tokenizer in filter(None, (parts.tokenizer, parts.tokenizer_2)):
+        length = tokenizer.model_max_length
+        if type(length) is not int or length < _FEWEST_TOKENS:
+            raise SignFastError(
+                f"a tokenizer has model_max_length {short(length)}: it must be a whole number, 77 for CLIP; mend its "
+                "tokenizer_config.json"
             )
     config = unet.config
     channels = (config.in_channels, config.out_channels, vae.config.latent_channels)

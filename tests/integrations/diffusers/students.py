@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 
+import pytest
+
+from sign_fast.errors import SignFastError
 from sign_fast.integrations.diffusers import SiDPipeline
 from sign_fast.sampling.graphs import Graphs
 from sign_fast.sampling.latent_engine import LatentEngine
@@ -33,3 +37,19 @@ class Captured(LatentEngine):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self._graphs = Graphs("cpu", capture=TapeStandIn)
+
+
+def edit(path, **changes):
+    """Change entries of a JSON file; those that become ... are removed."""
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not ...}))
+
+
+def refused(folder, message, **options):
+    with pytest.raises(SignFastError, match=message) as caught:
+        SiDPipeline.from_pretrained(folder, **options)
+    assert "\n" not in str(caught.value)
+
+
+def shown(pipe):
+    return pipe("a cat", num_inference_steps=2, seeds=1, output_type="np").images
