@@ -98,7 +98,7 @@ class ImageTextFolder:
         return captions
 
     def image(self, index: int, size: int) -> npt.NDArray[np.uint8]:
-        """(3, size, size): the shorter side scaled to `size`, the middle cut out.
+        """(3, size, size): the middle square, scaled.
 
         Raises:
             SignFastError: it is not readable as an image.
@@ -111,14 +111,12 @@ class ImageTextFolder:
             raise SignFastError(
                 f"{self.path}: {name} is not a readable image ({first_line(error)}): mend or remove it"
             ) from error
-        scale = size / min(picture.size)
-        width, height = (max(size, round(side * scale)) for side in picture.size)
-        left, top = (width - size) // 2, (height - size) // 2
-        scaled = (
-            picture.resize((width, height), Image.Resampling.LANCZOS) if (width, height) != picture.size else picture
-        )
-        cut = scaled.crop((left, top, left + size, top + size))
-        return np.ascontiguousarray(np.asarray(cut).transpose(2, 0, 1))
+        (width, height), side = picture.size, min(picture.size)
+        left, top = (width - side) // 2, (height - side) // 2
+        # cut before it is scaled: of a narrow strip the other way would make a picture of gigabytes
+        cut = picture.crop((left, top, left + side, top + side))
+        scaled = cut.resize((size, size), Image.Resampling.LANCZOS)  # a copy where it is of that size
+        return np.ascontiguousarray(np.asarray(scaled).transpose(2, 0, 1))
 
     def fingerprint(self) -> list[tuple[str, int]]:
         """Names and sizes of the files."""

@@ -12,6 +12,7 @@ from ..errors import SignFastError, first_line, short
 COLUMNS = ("prompt", "text", "caption")
 """Of a Parquet file, the first that is there."""
 _PARQUET = {".parquet", ".pq"}
+_TEXT = {"string", "large_string", "string_view"}  # kinds of columns
 
 
 def read_prompts(path: str | os.PathLike[str], column: str | None = None) -> list[str]:
@@ -70,8 +71,10 @@ def _from_parquet(file: Path, column: str | None) -> list[Any]:
             has = ", ".join(map(short, schema.names[:20])) or "none"
             named = " or ".join(map(repr, wanted))
             raise SignFastError(f"{file} has no column {named}: its columns are {has}; name one with --prompt-column")
+        if schema.names.count(found[0]) > 1:
+            raise SignFastError(f"{file} has several columns {found[0]!r}: rename or remove all but one")
         kind = schema.field(found[0]).type
-        if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind)):
+        if str(kind) not in _TEXT:
             raise SignFastError(f"{file}: column {found[0]!r} is {kind}, not text: name another with --prompt-column")
         prompts: list[Any] = parquet.read_table(file, columns=[found[0]]).column(0).to_pylist()
     except (OSError, arrow.ArrowException, UnicodeDecodeError) as error:

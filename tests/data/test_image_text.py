@@ -58,6 +58,15 @@ def test_images_are_scaled_and_their_middle_is_cut_out(tmp_path):
     assert (grey == 50).all() and (clear == 60).all() and (wide[:, :, 4:-4] == 200).all()
 
 
+def test_a_narrow_strip_is_cut_before_it_is_scaled(tmp_path, monkeypatch):
+    """The other way 2 × 3,000 pixels would become 64 × 96,000."""
+    picture(tmp_path / "strip.png", 2, 3000)
+    (tmp_path / "strip.txt").write_text("a strip")
+    sizes, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda im, size, *rest: sizes.append(size) or resize(im, size, *rest))
+    assert (ImageTextFolder(tmp_path).image(0, 64) == 100).all() and sizes == [(64, 64)]
+
+
 def jsonl(folder, *rows):
     (folder / "metadata.jsonl").write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
 

@@ -61,6 +61,16 @@ def test_the_usual_columns_are_found(tmp_path, name):
 def test_a_column_by_name(tmp_path):
     path = table(tmp_path / "p.parquet", prompt=["a", "b"], words=pyarrow.array(["c", "d"], pyarrow.large_string()))
     assert read_prompts(path, "words") == ["c", "d"] and read_prompts(path) == ["a", "b"]
+    path = table(tmp_path / "views.parquet", prompt=pyarrow.array(["e"], pyarrow.string_view()))
+    assert read_prompts(path) == ["e"]
+
+
+def test_several_columns_of_one_name(tmp_path):
+    path = tmp_path / "p.parquet"
+    pyarrow.parquet.write_table(pyarrow.table([["a"], ["b"], ["c"]], names=["prompt", "prompt", "text"]), path)
+    with pytest.raises(SignFastError, match="has several columns 'prompt': rename or remove all but one"):
+        read_prompts(path)
+    assert read_prompts(path, "text") == ["c"]
 
 
 @pytest.mark.parametrize(

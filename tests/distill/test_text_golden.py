@@ -10,6 +10,7 @@ from sign_fast.distill.latent import Guidance
 from sign_fast.distill.latent_predictions import FIRST_STEP, LAST_STEP, prediction_of
 from sign_fast.distill.text_to_image.inputs import Share
 from sign_fast.distill.text_to_image.iteration import LatentIteration
+from sign_fast.distill.text_to_image.method import TextStep
 from sign_fast.distill.text_to_image.networks import build_latent_networks
 from sign_fast.distill.text_to_image.settings import GUIDANCE, TextToImageSettings
 from sign_fast.integrations.diffusers.loading import load_parts
@@ -49,7 +50,8 @@ def uniforms(steps):
     return (torch.tensor(steps) - FIRST_STEP + 0.5) / (LAST_STEP - FIRST_STEP + 1)
 
 
-def given_draws():
+def given_draws(keep=(0.9, 0.9, 0.9)):
+    """The published draws; a prompt is dropped where `keep` is below 0.1."""
     draws = settings("latent")["lsg_draws"]
     normals = {
         Stream.FAKE_LATENT: draws["z_fake"],
@@ -57,7 +59,7 @@ def given_draws():
         Stream.STUDENT_LATENT: draws["z_gen"],
         Stream.STUDENT_NOISE: draws["noise_gen"],
     }
-    keep = torch.full([3], 0.9)  # no prompt is dropped
+    keep = torch.tensor(keep)
     return GivenDraws(
         {stream: normal(seed, 3, *SHAPE) for stream, seed in normals.items()},
         {
@@ -141,3 +143,22 @@ def test_the_adversarial_term_adds_what_the_formula_says(parts, monkeypatch):
         both = fake(noised, t, text, features="also")
     assert relative_error(logits, of_real) <= OUTPUT_TOLERANCE and torch.equal(both[1], logits)
     assert torch.equal(both[0], fake(noised, t, text)) and not fake.unet.mid_block._forward_hooks
+
+
+@pytest.mark.parametrize(("guidance", "empty"), [("lsg", [0]), ("zero-cfg", [0, 1, 2]), ("none", [])])
+def test_real_latents_lose_the_same_prompts(parts, guidance, empty, monkeypatch):
+    """Where the student's do: else an empty prompt would tell the discriminator who made the latents."""
+    updates, text = updates_of(parts, data="d", guidance=guidance)
+    fake, given = updates.networks.fake, {}
+    forward = fake.forward
+
+    def watched(x, t, seen, features=None):
+        given[features] = seen.states[-len(text) :]  # of a guided call the rows with the prompts
+        return forward(x, t, seen, features)
+
+    monkeypatch.setattr(fake, "forward", watched)
+    step = TextStep(given_draws((0.05, 0.9, 0.9)), images=normal(77, 3, *SHAPE), fake_texts=(text,), real_text=text)
+    updates.method.fake_losses(updates.fake, step)
+    nothing = updates.method.unconditional.states[0]
+    for states in (given["also"], given["only"]):  # the student's, the real ones'
+        assert [i for i, row in enumerate(states) if torch.equal(row, nothing)] == empty

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from sign_fast.distill.run_settings import plain
 from sign_fast.distill.text_to_image import trainer
+from sign_fast.distill.text_to_image.inputs import TextSource
 from sign_fast.distill.text_to_image.monitor import loss_columns, spread
 from sign_fast.distill.text_to_image.networks import build_latent_networks
 from sign_fast.distill.text_to_image.settings import check_text_settings
@@ -122,6 +123,8 @@ def test_the_result_is_a_pipeline_that_draws_what_was_logged(finished):
     for name in ("vae", "text_encoder"):
         assert equal(getattr(pipeline, name).state_dict(), getattr(teacher, name).state_dict())
     assert not equal(pipeline.unet.state_dict(), teacher.unet.state_dict())
+    # no file is the teacher's own: some versions of safetensors write into files that are there
+    assert {p.stat().st_nlink for p in (finished / "network").rglob("*") if p.is_file()} == {1}
     images = pipeline(["a cat", "a dog"], seeds=[1, 2]).images
     assert len(images) == 2 and images[0].size == (64, 64)
     card = (finished / "network" / "README.md").read_text()
@@ -244,6 +247,8 @@ def test_adapters_are_on_the_teachers_own_weights():
     again = build("sdxl", fake_lora=2)[1]
     firsts = [[p for name, p in n.fake.named_parameters() if "lora_A" in name] for n in (nets, again)]
     assert all(torch.allclose(a - 0.1, b, atol=1e-6) for a, b in zip(*firsts, strict=True))  # drawn from the seed
+    nets.fake(*given).sum().backward()
+    assert [p.grad.stride() for _, p in own] == [p.stride() for _, p in own]  # which DDP copies and warns of otherwise
 
 
 def test_a_run_with_adapters_keeps_only_them_and_the_teacher_stays(root, tmp_path):
@@ -391,12 +396,13 @@ def test_prompts_in_a_table_are_the_same_run(finished, root, tmp_path):
     ("changes", "message"),
     [
         ({"lr": 0.5}, "another lr: repeat its settings"),
+        ({"precision": "bf16"}, "another precision: repeat its settings"),
         ({"guidance": "none", "noise_type": "ddim"}, "another guidance, noise_type: repeat"),
         ({"prompts": "OTHER"}, r"run from another prompts than .*other.txt"),
         ({"teacher": "OTHER"}, r"run from another teacher than .*other"),
         ({"method": "sid", "of": "sid"}, "is not a distillation|another method"),
     ],
-    ids=["lr", "guidance", "prompts", "teacher", "method"],
+    ids=["lr", "precision", "guidance", "prompts", "teacher", "method"],
 )
 def test_another_run_is_refused_and_nothing_is_lost(finished, root, tmp_path, changes, message):
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and p.name != ".lock"}
@@ -539,7 +545,8 @@ def test_broken_teachers_are_one_line(root, tmp_path, change, message):
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
-def test_prompts_that_are_too_long_are_counted_and_cut(root, tmp_path):
+def test_prompts_that_are_too_long_are_counted_and_cut(root, tmp_path, monkeypatch):
+    monkeypatch.setattr("sign_fast.integrations.diffusers.prompts._CHECKED", 2)  # over several parts
     long = "a cat " * 20
     prompts = write_prompts(tmp_path / "prompts.txt", ["a cat", long, long + "dog"])
     with pytest.warns(
@@ -550,6 +557,51 @@ def test_prompts_that_are_too_long_are_counted_and_cut(root, tmp_path):
     assert len([w for w in caught if "tokens" in str(w.message)]) == 1
     text = run.inputs.text.at([1, 2])
     assert torch.equal(text.states[0], text.states[1])  # what differs is cut
+
+
+def test_a_run_goes_on_with_another_version_of_transformers(root):
+    s, parts = some(root), load_parts(cases.teacher("sd15"))
+    before = TextSource(parts, s, 64)
+    parts.text_encoder.config.transformers_version = "4.0"
+    after = TextSource(parts, s, 64)
+    assert after.facts == before.facts and after.key(PROMPTS) == before.key(PROMPTS)
+    assert after.key(PROMPTS) != after.key(PROMPTS[1:])
+    assert TextSource(parts, some(root, precision="bf16"), 64).key(PROMPTS) != after.key(PROMPTS)
+    parts.text_encoder.config.layer_norm_eps = 1e-3
+    assert TextSource(parts, s, 64).facts != before.facts
+
+
+def test_what_a_killed_process_left_in_the_cache_is_removed_but_not_in_a_shared_one(root, tmp_path):
+    left = []
+    for cache in (tmp_path / "run" / "cache", tmp_path / "shared"):
+        (cache / "text-0").mkdir(parents=True)
+        left.append(cache / "text-0" / ".rows-00000.safetensors.abcd1234.tmp")
+        left[-1].write_bytes(b"half")
+    for cache in (None, str(tmp_path / "shared")):
+        run = TextDistiller(some(root, cache=cache), tmp_path / "run", CPU)
+        assert len(run.inputs.text) == len(PROMPTS)
+        run.close()
+    assert [path.exists() for path in left] == [False, True]
+
+
+def test_a_teacher_that_has_gone_is_named(root, tmp_path):
+    teacher = shutil.copytree(cases.teacher("sd15"), tmp_path / "teacher")
+    run = TextDistiller(dataclasses.replace(some(root), teacher=str(teacher)), tmp_path / "run", CPU)
+    shutil.rmtree(teacher)
+    with pytest.raises(SignFastError, match=r"cannot read .*model_index.json any more .* put the teacher back"):
+        run.save()
+    run.close()
+
+
+def test_a_teacher_without_a_middle_block_has_no_discriminator(root, tmp_path):
+    teacher = shutil.copytree(cases.teacher("sd15"), tmp_path / "teacher")
+    unet = load_parts(teacher).unet
+    shutil.rmtree(teacher / "unet")
+    type(unet).from_config({**unet.config, "mid_block_type": None}).save_pretrained(teacher / "unet")
+    s = dataclasses.replace(some(root), teacher=str(teacher))
+    TextDistiller(s, None, CPU)
+    with pytest.raises(SignFastError, match=r"has no middle block, .* leave --data away"):
+        TextDistiller(dataclasses.replace(s, data=str(root / "data")), None, CPU)
 
 
 def test_without_a_folder_embeddings_need_one(root):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from .settings import TextToImageSettings
 
 _CHUNK, _ENCODED = 32, 4  # prompts and images that are encoded at a time: always the same rows together
 _TEXT_SHARD, _LATENT_SHARD = 1024, 1024
+_CONFIG = ("num_attention_heads", "hidden_act", "layer_norm_eps", "eos_token_id")  # what weights do not say
 _ORDER_OF_PROMPTS, _ORDER_OF_IMAGES = 21, 22  # streams of random numbers
 
 
@@ -36,23 +36,27 @@ class TextSource:
         parts: of the pipeline, the text encoders in float32.
         settings: of the run: precision, in which embeddings are kept, and which the networks would round them to.
         resolution: of the images in pixels, which SDXL is told.
+
+    Attributes:
+        facts: of the encoders, as JSON holds them; the same with every version of transformers.
     """
 
     def __init__(self, parts: Parts, settings: TextToImageSettings, resolution: int) -> None:
         self.encoder: PromptEncoder | None = PromptEncoder(parts)
         self._models = [parts.text_encoder] + [parts.text_encoder_2] * (parts.text_encoder_2 is not None)
-        self._facts = {
-            "encoders": [[type(m).__name__, network_hash(m), m.config.to_json_string()] for m in self._models],
-            "tokenizers": [_tokenizer_hash(t) for t in (parts.tokenizer, parts.tokenizer_2) if t is not None],
+        tokenizers = [t for t in (parts.tokenizer, parts.tokenizer_2) if t is not None]
+        self.facts = {
+            "encoders": [[network_hash(m), *(getattr(m.config, name) for name in _CONFIG)] for m in self._models],
+            "vocabularies": [key_of(sorted(t.get_vocab().items())) for t in tokenizers],
             "zeros": bool(parts.settings.get("force_zeros_for_empty_prompt", False)),
-            "dtype": settings.precision,
         }
+        self._rules = [_rules_of(t) for t in tokenizers]
         self.dtype = PRECISIONS[settings.precision]
         self.resolution = resolution
 
     def key(self, prompts: list[str]) -> str:
-        """A hash of the prompts and of all that makes their embeddings."""
-        return key_of(self._facts, prompts)
+        """A hash of the prompts and of all that makes their embeddings as they are kept."""
+        return key_of({**self.facts, "tokenizers": self._rules, "dtype": str(self.dtype)}, prompts)
 
     def write(self, root: Path, prompts: list[str], device: torch.device, done: Callable[[int], None]) -> Text:
         """The embeddings of prompts, made where they are not there yet. All processes call it."""
@@ -109,18 +113,21 @@ class Text:
         return self.at([len(self)])
 
 
-def _tokenizer_hash(tokenizer: Any) -> str:
-    """Of what makes token numbers of a text."""
+def _rules_of(tokenizer: Any) -> str:
+    """A hash of what makes token numbers of a text, in this version of its library."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    said = f"{rules}\n{tokenizer.model_max_length}\n{tokenizer.pad_token_id}\n{type(tokenizer).__name__}"
-    return hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()
+    rules = None if backend is None else backend.to_str()
+    return key_of([type(tokenizer).__name__, rules, tokenizer.model_max_length, tokenizer.pad_token_id])
+
+
+def vae_facts(parts: Parts) -> dict[str, str]:
+    """What makes latents of pixels."""
+    return {"vae": network_hash(parts.vae), "scale": repr(parts.scale)}
 
 
 def latents_key(images: ImageTextFolder, parts: Parts, resolution: int) -> str:
     """A hash of the images' names and sizes, and of all that makes their latents."""
-    facts = {"vae": network_hash(parts.vae), "scale": repr(parts.scale), "resolution": resolution}
-    return key_of({**facts, "files": images.fingerprint()})
+    return key_of({**vae_facts(parts), "resolution": resolution, "files": images.fingerprint()})
 
 
 def write_latents(

@@ -135,7 +135,10 @@ class LatentMethod:
         predict, logits = _with_logits(fake)
         losses = {"loss_fake": fake_score_loss(predict, *given)}
         real = self.prediction.noised(step.images, noise, t)
-        real_text = step.real_text if self.scales.fake_training else rows_of(self._no_prompt(), len(real))
+        if self.scales.fake_training:  # the same rows lose their prompts, which else would tell the student's from real
+            real_text = self._dropped(step.real_text, draws, Stream.FAKE_PROMPT)
+        else:
+            real_text = rows_of(self._no_prompt(), len(real))
         logit_real = fake(real, t, real_text, features="only")
         valid, _ = valid_samples(images)
         logit_fake = logits[-1][-len(real) :]

@@ -117,22 +117,25 @@ def build_latent_networks(parts: Parts, settings: TextToImageSettings, device: t
         teacher = teacher.to(device, memory_format=torch.channels_last)
     if s.checkpointing:
         teacher.enable_gradient_checkpointing()  # its copies too
-    student = copy.deepcopy(teacher).train().requires_grad_(True)
-    ema = copy.deepcopy(teacher)
-    fake = None if s.fake_lora else copy.deepcopy(teacher).train().requires_grad_(True)
-    if dtype != torch.float32:
-        _cast(teacher, dtype)
-    if fake is None:
-        fake = with_adapters(teacher, s.fake_lora, s.seed)
-    four = [LatentNetwork(unet, parts, dtype) for unet in (teacher, fake, student, ema)]
-    nets = LatentNetworks(four[0], four[1], four[2], four[3])
-    for net in four:
+
+    def network(unet: Any) -> LatentNetwork:
+        net = LatentNetwork(unet, parts, dtype)
         blocks = [m for m in net.modules() if type(m).__name__ in _SHARDED]
         if s.accelerate:  # changes the classes of modules, in place
             accelerate(net.unet, channels_last=not sharded)
         if sharded:
             shard(net, device, blocks)
-    return nets
+        return net
+
+    # one after another, so that of those that go to the device in shards two at most are whole
+    student = network(copy.deepcopy(teacher).train().requires_grad_(True))
+    ema = network(copy.deepcopy(teacher))
+    fake = None if s.fake_lora else network(copy.deepcopy(teacher).train().requires_grad_(True))
+    if dtype != torch.float32:
+        _cast(teacher, dtype)
+    if fake is None:
+        fake = network(with_adapters(teacher, s.fake_lora, s.seed))
+    return LatentNetworks(network(teacher), fake, student, ema)
 
 
 def _cast(unet: nn.Module, dtype: torch.dtype) -> None:
@@ -173,7 +176,9 @@ def with_adapters(unet: Any, rank: int, seed: int) -> Any:
         adapted.add_adapter(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(_ADAPTED)), "fake")
     for name, p in adapted.named_parameters():
         if ADAPTERS in name:
-            p.data = p.data.float()
+            # the strides of gradients, for which DDP would copy and warn; 1×1 ones have them only in new memory
+            layout = torch.channels_last if p.ndim == 4 else torch.contiguous_format
+            p.data = torch.empty_like(p, dtype=torch.float32, memory_format=layout).copy_(p)
     if unet.is_gradient_checkpointing:
         adapted.enable_gradient_checkpointing()
     return adapted.train()

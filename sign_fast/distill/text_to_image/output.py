@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,8 @@ def save_pipeline(
 ) -> None:
     """Write a `SiDPipeline` folder; an older one is replaced in one step.
 
-    The teacher's weights are linked where the file system can, so that they are not on the disk once a save.
+    The teacher's other parts are copied and not linked: what later writes over a file of the folder, as safetensors 0.6
+    does in place, must not change the teacher. Variants such as model.fp16.safetensors stay behind.
 
     Args:
         folder: where to.
@@ -51,8 +50,15 @@ def save_pipeline(
         with explain_os_errors(folder):
             write(temporary)
 
-    def write(temporary: Path) -> None:
+    try:
         index = json.loads((teacher / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SignFastError(
+            f"cannot read {teacher / INDEX} any more ({first_line(error)}): put the teacher back, whose parts go into "
+            f"{folder}"
+        ) from error
+
+    def write(temporary: Path) -> None:
         kept = {name: index[name] for name in PARTS if isinstance(index.get(name), list) and index[name][0]}
         for name in kept:
             if name != "unet":
@@ -78,14 +84,9 @@ def save_pipeline(
 def _copy(source: Path, target: Path) -> None:
     target.mkdir()
     for path in sorted(source.iterdir()):
-        if path.suffix not in _KEPT or not path.is_file():
-            continue
-        copied = target / path.name
-        if path.suffix == ".safetensors":  # nobody changes those in place
-            with suppress(OSError, NotImplementedError):
-                os.link(path.resolve(), copied)
-                continue
-        shutil.copyfile(path, copied)
+        variant = path.suffix == ".safetensors" and "." in path.stem
+        if path.suffix in _KEPT and path.is_file() and not variant:
+            shutil.copyfile(path, target / path.name)
 
 
 def card_of(title: str, trained: dict[str, Any], steps: int) -> str:

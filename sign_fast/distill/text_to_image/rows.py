@@ -6,7 +6,7 @@ import hashlib
 import json
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ _OPEN = 64  # shards that are mapped at a time
 Made = dict[str, Tensor]
 
 
-def key_of(facts: Mapping[str, Any], *texts: Sequence[str]) -> str:
+def key_of(facts: Any, *texts: Sequence[str]) -> str:
     """A hash of facts that JSON can hold, and of lists of texts."""
     found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for text in texts:

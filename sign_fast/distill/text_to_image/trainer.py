@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ...checkpoints.atomic import clean_up
 from ...data.image_text import ImageTextFolder
 from ...data.prompts import read_prompts
 from ...errors import SignFastError
@@ -25,12 +25,12 @@ from ..latent_predictions import prediction_of
 from ..method import Losses
 from ..pairs import network_hash
 from ..run import Run
-from .inputs import Inputs, Text, TextSource, latents_key, write_latents
+from .inputs import Inputs, Text, TextSource, vae_facts, write_latents
 from .iteration import LatentIteration
 from .monitor import Probe, TextMonitor, deviation, spread
 from .networks import build_latent_networks
 from .output import card_of, save_pipeline
-from .rows import Rows
+from .rows import Rows, key_of
 from .settings import TextToImageSettings, check_resolution, check_text_fit, check_text_settings, text_remarks
 
 _CACHE = "cache"  # in the run's folder
@@ -116,6 +116,11 @@ class TextDistiller(Run):
     def _fitted(settings: TextToImageSettings, parts: Parts, world: int) -> TextToImageSettings:
         """With the resolution and the factor of the loss that fit the teacher."""
         check_text_fit(settings, parts.prediction, world)
+        if settings.adversarial and parts.unet.mid_block is None:
+            raise SignFastError(
+                f"the UNet of {settings.teacher} has no middle block, whose features would tell real latents: leave "
+                "--data away"
+            )
         sides = parts.image_size
         if settings.resolution is None and sides[0] != sides[1]:
             raise SignFastError(f"the teacher's images are {sides[0]}×{sides[1]}: name a --resolution, of squares")
@@ -125,16 +130,13 @@ class TextDistiller(Run):
         return dataclasses.replace(settings, resolution=size, student_scale=lsg)
 
     def _hash(self, parts: Parts) -> dict[str, tuple[str, str]]:
+        """What `_identity` says; settings, which say what differs by its name, are not in it."""
         s = self.settings
-        schedule = f"{parts.prediction} {parts.alpha_bars} {parts.num_train_timesteps}"
-        found = {
-            "teacher": (f"{network_hash(parts.unet)} {hashlib.sha256(schedule.encode()).hexdigest()}", s.teacher),
-            "prompts": (self._source.key(self._prompts), s.prompts),
-        }
+        schedule = [parts.prediction, parts.alpha_bars, parts.num_train_timesteps]
+        facts = {"unet": network_hash(parts.unet), "schedule": schedule, "text": self._source.facts, **vae_facts(parts)}
+        found = {"teacher": (key_of(facts), s.teacher), "prompts": (key_of({}, self._prompts), s.prompts)}
         if self._images is not None and s.data is not None:
-            captions = self._source.key(self._images.captions)
-            assert s.resolution is not None
-            found["data"] = (f"{latents_key(self._images, parts, s.resolution)} {captions}", s.data)
+            found["data"] = (key_of({"files": self._images.fingerprint()}, self._images.captions), s.data)
         return found
 
     # ---- what iterations read ----
@@ -146,6 +148,10 @@ class TextDistiller(Run):
         if s.cache is None and self.folder is None:
             raise SignFastError("embeddings need a folder to be kept in: name a --cache")
         root = Path(s.cache) if s.cache is not None else self.folder / _CACHE  # type: ignore[operator]
+        with raised_together(u.device):
+            if s.cache is None and u.rank == 0:  # nobody else writes there, as into a shared one
+                for path in root.glob("*"):
+                    clean_up(path)
         text = self._embedded(root, self._prompts, "prompts")
         latents: Rows | None = None
         captions: Text | None = None
@@ -210,7 +216,7 @@ class TextDistiller(Run):
             self.settings,
             self.probe,
             self.reference,
-            self._vae,
+            None if u.rank else self._vae,
             self._scale,
             self.folder,
             self.iteration,
@@ -269,5 +275,5 @@ class TextDistiller(Run):
             "images": self.iteration * s.batch,
         }
         settings = {"num_inference_steps": s.steps, "noise_type": s.noise_type, **self._said}
-        card = card_of(f"{self.folder.name}", trained, s.steps)
+        card = card_of(self.folder.resolve().name, trained, s.steps)
         save_pipeline(self.folder / name, self._folder_of_teacher, *self._unet, state, settings, card)

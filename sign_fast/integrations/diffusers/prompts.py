@@ -13,6 +13,8 @@ from ...errors import SignFastError, first_line, short, whole_number
 from ...sampling.text import TextConditioning
 from .parts import pixels_of, sides_of
 
+_CHECKED = 1024  # prompts that are counted at a time
+
 
 class PromptEncoder:
     """A pipeline's tokenizers and text encoders.
@@ -77,7 +79,7 @@ class PromptEncoder:
         longest = [0] * len(texts)
         limit = self.max_tokens
         for tokenizer, _ in self._pairs:
-            counts = [len(ids) for ids in _tokens(tokenizer, texts)]
+            counts = _lengths(tokenizer, texts)
             longest = [max(pair) for pair in zip(longest, counts, strict=True)]
         cut = [i for i, count in enumerate(longest) if count > limit]
         if cut:
@@ -164,9 +166,10 @@ def _length(tokenizer: Any, encoder: Any) -> int:
     return int(min(tokenizer.model_max_length, encoder.config.max_position_embeddings))
 
 
-def _tokens(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def _lengths(tokenizer: Any, texts: list[str]) -> list[int]:
+    """Tokens of each text. In parts: what a tokenizer returns takes kilobytes a text."""
+    parts = (texts[i : i + _CHECKED] for i in range(0, len(texts), _CHECKED))
     try:
-        found: list[list[int]] = tokenizer(texts, truncation=False, padding=False, verbose=False).input_ids
-        return found
+        return [len(x) for p in parts for x in tokenizer(p, truncation=False, padding=False, verbose=False).input_ids]
     except Exception as error:  # e.g. a lone surrogate, which is no text
         raise SignFastError(f"prompts cannot be read as text ({first_line(error)}): write them in UTF-8") from error
