@@ -20,9 +20,10 @@ SD15: dict[str, Any] = {
     "attention_head_dim": 2,
     "norm_num_groups": 8,
 }
-SD2 = SD15 | {"use_linear_projection": True, "attention_head_dim": (2, 4)}
+SHALLOW = SD15 | {"layers_per_block": 1}
+SD2 = SHALLOW | {"use_linear_projection": True, "attention_head_dim": (2, 4)}
 SDXL = {
-    **SD15,
+    **SHALLOW,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     "transformer_layers_per_block": (1, 2),
@@ -32,7 +33,7 @@ SDXL = {
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 6 * 8 + 16,
 }
-SCALE_SHIFT = SD15 | {"resnet_time_scale_shift": "scale_shift"}
+SCALE_SHIFT = SHALLOW | {"resnet_time_scale_shift": "scale_shift"}
 DDPM: dict[str, Any] = {
     "sample_size": 16,
     "block_out_channels": (32, 64),
@@ -44,6 +45,7 @@ DDPM: dict[str, Any] = {
 }
 # a residual sum scaled by √½ and resampling inside of blocks, as NCSN++'s
 SCORE_SDE = DDPM | {
+    "layers_per_block": 1,
     "mid_block_scale_factor": 2**0.5,
     "downsample_type": "resnet",
     "upsample_type": "resnet",

@@ -189,6 +189,7 @@ def test_a_processor_set_later_runs_and_is_reported(monkeypatch):
         small.call_unet(net, torch.float32)
 
 
+@pytest.mark.filterwarnings("ignore::sign_fast.kernels.dispatch.SlowPathWarning")
 def test_hooks_run():
     net = small.unet(small.SD15)
     accelerate(net)
