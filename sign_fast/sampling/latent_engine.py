@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ Predict: TypeAlias = Callable[[Tensor, Tensor, TextConditioning], Tensor]
 LatentOutput: TypeAlias = Literal["latent", "float", "uint8"]
 
 _PLANS_KEPT = 64
+_STATES_KEPT = 64
 
 
 class LatentEngine:
@@ -67,7 +69,9 @@ class LatentEngine:
         self._lock = threading.Lock()
         self._graphs: Graphs | None = None
         self._plans: OrderedDict[tuple[Plan, torch.device], Prepared] = OrderedDict()
-        self._marks: dict[Hashable, Tensor] = {}
+        self._states: OrderedDict[Hashable, int] = OrderedDict()
+        self._numbers = itertools.count(1)
+        self._mark = torch.empty(())
 
     @property
     def device(self) -> torch.device:
@@ -188,11 +192,15 @@ class LatentEngine:
         )
 
     def _watched(self) -> Iterable[Tensor]:
-        """What a graph reads besides its inputs, and a mark that lies elsewhere for every other state."""
+        """What a graph reads besides its inputs, and a mark of another shape for every other state."""
         for network in self._networks:
             yield from _tensors(network)
-        # kept for good: an address that is used again would take one state for another
-        yield self._marks.setdefault(self._state(), torch.empty(1))
+        state = self._state()
+        number = self._states.pop(state, None) or next(self._numbers)
+        self._states[state] = number
+        while len(self._states) > _STATES_KEPT:  # one that comes again is another number, and captured again
+            self._states.popitem(last=False)
+        yield self._mark.expand(number)
 
 
 def _tensors(network: nn.Module) -> Iterable[Tensor]:

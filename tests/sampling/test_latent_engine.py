@@ -121,15 +121,21 @@ def test_golden_generation_by_a_graph(golden_unet):
 
 @pytest.mark.parametrize("noise", ["fresh", "fixed", "ddim"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "flow"])
-@pytest.mark.parametrize("steps", [1, 3])
-def test_every_prediction_and_noise(prediction, noise, steps):
+def test_every_prediction_and_noise(prediction, noise):
     net, engine, plain = pair(prediction=prediction)
-    for output in ("latent", "float", "uint8"):
-        got = same(engine, plain, steps=steps, noise=noise, output=output)
-        assert got.shape == {"latent": (3, 4, 8, 8), "float": (3, 3, 16, 16), "uint8": (3, 16, 16, 3)}[output]
-        assert got.dtype == (torch.uint8 if output == "uint8" else torch.float32)
-    want = few_step_latent(lambda x, t: net(x, t, TEXT), LATENTS, counted(21), steps, prediction, noise)
-    assert relative_error(same(engine, plain, steps=steps, noise=noise, output="latent"), want) <= OUTPUT_TOLERANCE
+    for steps in (1, 3):
+        want = few_step_latent(lambda x, t: net(x, t, TEXT), LATENTS, counted(21), steps, prediction, noise)
+        got = same(engine, plain, steps=steps, noise=noise, output="latent")
+        assert relative_error(got, want) <= OUTPUT_TOLERANCE
+    assert engine.counts == {"captures": 2, "replays": 2, "graphs": 2}
+
+
+def test_every_output():
+    _, engine, plain = pair()
+    shapes = {"latent": (3, 4, 8, 8), "float": (3, 3, 16, 16), "uint8": (3, 16, 16, 3)}
+    for output in (*shapes, "latent"):
+        got = same(engine, plain, output=output)
+        assert got.shape == shapes[output] and got.dtype == (torch.uint8 if output == "uint8" else torch.float32)
     assert engine.counts == {"captures": 3, "replays": 4, "graphs": 3}
 
 
@@ -219,6 +225,19 @@ def test_another_state_is_captured_again_with_one_warning():
         assert torch.equal(same(engine, plain), first)
     assert len(record) == 1 and not torch.equal(first, second)
     assert engine.counts == {"captures": 4, "replays": 4, "graphs": 1}
+
+
+def test_states_are_not_kept_for_good():
+    net = Network()
+    engine = Captured(net, [net], decode, state=lambda: net.scale)
+    marks = []
+    for i in range(300):  # as many as a slider of a LoRA's scale gives
+        net.scale = i / 100
+        *_, mark = engine._watched()
+        marks.append((mark.data_ptr(), mark.shape, mark.dtype))
+    *_, again = engine._watched()
+    assert len(set(marks)) == 300 and again.shape == marks[-1][1]
+    assert len(engine._states) == 64 and mark.untyped_storage().nbytes() == 4
 
 
 def test_out_of_memory_falls_to_smaller_buckets():
