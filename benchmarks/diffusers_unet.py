@@ -22,36 +22,8 @@ if __package__ in (None, ""):  # run as a file; an installed sign_fast goes befo
 import click
 
 from sign_fast.errors import SignFastError, first_line
+from sign_fast.integrations.diffusers.published import UNETS
 
-# {name: (configuration beyond diffusers' defaults, latents' side of the published pictures)}
-NETWORKS: dict[str, tuple[dict[str, Any], int]] = {
-    "sd15": ({"sample_size": 64, "cross_attention_dim": 768}, 64),
-    "sd2": (
-        {
-            "sample_size": 64,
-            "cross_attention_dim": 1024,
-            "attention_head_dim": [5, 10, 20, 20],
-            "use_linear_projection": True,
-        },
-        64,
-    ),
-    "sdxl": (
-        {
-            "sample_size": 128,
-            "block_out_channels": (320, 640, 1280),
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            "transformer_layers_per_block": [1, 2, 10],
-            "attention_head_dim": [5, 10, 20],
-            "cross_attention_dim": 2048,
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
-        128,
-    ),
-}
 PROVIDERS = ("plain", "channels_last", "compile", "sign_fast", "sign_fast_compile")
 SECONDS, QUICK_SECONDS = 60.0, 0.0
 MIN_ROUNDS = 3
@@ -63,7 +35,7 @@ Calls = dict[str, Callable[[], Any]]
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--network", type=click.Choice(list(NETWORKS)), default="sd15", show_default=True)
+@click.option("--network", type=click.Choice(list(UNETS)), default="sd15", show_default=True)
 @click.option("--size", type=click.IntRange(min=8), help="Side of the latents.  [default: the published; on a CPU 32]")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--transformer-layers", type=click.IntRange(min=1), help="At most so many a block: another network.")
@@ -118,7 +90,7 @@ def diffusers_unet(
     names = list(dict.fromkeys(providers.split(",")))
     if unknown := [name for name in names if name not in PROVIDERS]:
         raise SignFastError(f"unknown provider {unknown[0]!r}: known: {', '.join(PROVIDERS)}")
-    side = size or (32 if on_cpu else NETWORKS[network][1])
+    side = size or (32 if on_cpu else UNETS[network]["sample_size"])
     if side % 8:
         raise SignFastError(f"--size {side} does not halve three times: name a multiple of 8")
     target = ledger if ledger is not None else None if no_ledger or quick else book.DEFAULT
@@ -167,13 +139,13 @@ def build(network: str, dtype: Any, device: str, seed: int, transformer_layers: 
     """The network in eval mode, with random weights of unit gain, in diffusers' own memory format.
 
     Args:
-        network: a name of NETWORKS.
+        network: a name of `published.UNETS`.
         transformer_layers: cut deeper transformers to so many layers.
     """
     import torch
     from diffusers import UNet2DConditionModel
 
-    configuration = dict(NETWORKS[network][0])
+    configuration = dict(UNETS[network])
     if transformer_layers is not None:
         depths = configuration.get("transformer_layers_per_block", 1)
         depths = depths if isinstance(depths, list) else [depths] * 4

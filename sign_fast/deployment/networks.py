@@ -19,7 +19,7 @@ def networks() -> dict[str, dict[Call, None]]:
     """The calls of each network by its name, in a fixed order.
 
     Raises:
-        ImportError: diffusers is not installed.
+        SignFastError: diffusers is not installed.
     """
     return {name: calls_of(*preset(name)) for name in preset_names()} | diffusers_networks()
 

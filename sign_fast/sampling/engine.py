@@ -162,29 +162,36 @@ class Engine:
         return made[0] if len(made) == 1 else torch.cat(made)
 
     @torch.no_grad()
-    def rehearse(self, sampler: str, steps: int, batch: int, *, noise: Noise, labels: bool, **options: Any) -> None:
-        """Run a generation as a graph would capture it, for an engine on the meta device: shapes only.
+    def rehearse(self, sampler: str, steps: int, batch: int, *, labels: bool, **options: Any) -> None:
+        """Run generations as graphs would capture them, for an engine on the meta device: shapes only.
+
+        Both kinds of noise and of output; a call of the network that is like one before is not made anew.
 
         Args:
             sampler, steps, options: as `generate` takes them.
             batch: images.
-            noise: as the engine's own.
             labels: whether there are class numbers.
         """
         prepared = self._prepare(sampler, steps, options)
         plan, device = prepared.plan, self.device
         inputs = self._constants(prepared)
-        if noise == "philox":
-            inputs["seeds"] = torch.empty(batch, dtype=torch.int64, device=device)
-        else:
-            like = torch.empty((batch, *self._shape), device=device)
-            draws = draw_ahead(plan, like, torch.empty_like)
-            inputs |= {f"draw{i}": draw for i, draw in enumerate(draws)}
         if labels:
             inputs["labels"] = torch.empty(batch, dtype=torch.int64, device=device)
-        outputs: tuple[Output, ...] = ("uint8", "float")
-        for output in outputs:
-            self._run(prepared, inputs, output, prepared.coefficients)
+        denoiser = self._denoiser(prepared, inputs)
+        known: dict[Hashable, Tensor] = {}
+
+        def once(x: Tensor, level: int) -> Tensor:
+            like = (x.shape, x.stride(), x.dtype, level)  # levels lie at other offsets
+            if like not in known:
+                known[like] = denoiser(x, level)
+            return torch.empty_like(known[like])
+
+        drawn = draw_ahead(plan, torch.empty((batch, *self._shape), device=device), torch.empty_like)
+        seeds = torch.empty(batch, dtype=torch.int64, device=device)
+        for given in ({f"draw{i}": draw for i, draw in enumerate(drawn)}, {"seeds": seeds}):
+            images = run_plan(plan, once, self._draws(plan, given), prepared.coefficients)
+            _finished(images, "uint8")
+            _finished(images, "float")
 
     def _sampled(
         self,
@@ -200,7 +207,7 @@ class Engine:
         latents = noise.randn([len(seeds), *self._shape], dtype=torch.float32)
         one_hot = self._one_hot(self._classes(noise, len(seeds), labels))
         images = sampler(self._net, latents, one_hot, noise.randn_like, num_steps=steps, **options)
-        return functional.to_uint8(images) if output == "uint8" else images.float()
+        return _finished(images, output)
 
     def _generate(
         self, prepared: Prepared, seeds: Sequence[int], labels: Sequence[int] | None, output: Output
@@ -300,7 +307,6 @@ class Engine:
         """
         plan, net, labels = prepared.plan, self._net, inputs.get("labels")
         module = extension.module()
-        draws = [inputs[f"draw{i}"] for i in range(plan.draws)] if "seeds" not in inputs else []
         if isinstance(net, OptimizedNet) and net.native is not None and module is not None and correction is None:
             weight, bias = self._conditioning(prepared).affines
             return module.generate(  # type: ignore[no-any-return]
@@ -311,21 +317,25 @@ class Engine:
                 weight=weight,
                 bias=bias,
                 labels=labels,
-                draws=draws,
+                draws=[] if "seeds" in inputs else self._draws(plan, inputs),
                 seeds=inputs.get("seeds"),
                 shape=self._shape,
                 coefficients=coefficients,
                 bytes=output == "uint8",
             )
-        if not draws:
-            draws = [functional.philox_normal(inputs["seeds"], i, self._shape) for i in range(plan.draws)]
+        draws = self._draws(plan, inputs)
         denoiser = self._denoiser(prepared, inputs)
         if correction is not None:
             denoiser = corrected(
                 denoiser, correction, draws[0], [t for n, t in inputs.items() if n.startswith("known")]
             )
-        images = run_plan(plan, denoiser, draws, coefficients)
-        return functional.to_uint8(images) if output == "uint8" else images.float()
+        return _finished(run_plan(plan, denoiser, draws, coefficients), output)
+
+    def _draws(self, plan: Plan, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """The plan's draws, made of the seeds where these are given."""
+        if "seeds" in inputs:
+            return [functional.philox_normal(inputs["seeds"], i, self._shape) for i in range(plan.draws)]
+        return [inputs[f"draw{i}"] for i in range(plan.draws)]
 
     def _denoiser(self, prepared: Prepared, inputs: Mapping[str, Tensor]) -> Callable[[Tensor, int], Tensor]:
         net, labels, levels = self._net, inputs.get("labels"), inputs["levels"]
@@ -371,6 +381,10 @@ class Engine:
         if isinstance(self._net, OptimizedNet):
             return self._net.constants
         return itertools.chain(self._net.parameters(), self._net.buffers()) if isinstance(self._net, nn.Module) else ()
+
+
+def _finished(images: Tensor, output: Output) -> Tensor:
+    return functional.to_uint8(images) if output == "uint8" else images.float()
 
 
 def _prepared_net(net: Any, dtype: torch.dtype | None, consume: bool) -> Any:

@@ -133,6 +133,19 @@ class LatentEngine:
             return self._replay(prepared, inputs, len(latents), noise, output)
         return self._run(prepared, {**inputs, "levels": prepared.levels}, output)
 
+    def rehearse(self, latents: Tensor, text: TextConditioning, steps: int, noise: StepNoise = "fresh") -> None:
+        """Run a generation as a graph would capture it, for networks on the meta device: shapes only.
+
+        Args:
+            latents, text, steps, noise: as `generate` takes them.
+        """
+        prepared = self._prepared(self.plan(steps, noise))
+        draws = draw_ahead(prepared.plan, latents, torch.empty_like)
+        inputs = {f"draw{i}": draw for i, draw in enumerate(draws)} | text.tensors() | {"levels": prepared.levels}
+        outputs: tuple[LatentOutput, ...] = ("uint8", "float")
+        for output in outputs:
+            self._run(prepared, inputs, output, prepared.coefficients)
+
     @property
     def _is_captured(self) -> bool:
         return self.device.type == "cuda"

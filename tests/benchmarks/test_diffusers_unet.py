@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import diffusers_unet
 from sign_fast.errors import SignFastError
+from sign_fast.integrations.diffusers.published import UNETS
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "diffusers_unet.py"
 
@@ -37,12 +38,12 @@ def test_a_call_of_stable_diffusion_15(tmp_path):
     assert "sign_fast" in done.stdout and "off plain" in done.stdout
 
 
-@pytest.mark.parametrize("network", diffusers_unet.NETWORKS)
+@pytest.mark.parametrize("network", UNETS)
 def test_the_configurations_are_the_published_ones(network):
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        net = UNet2DConditionModel(**diffusers_unet.NETWORKS[network][0])
+        net = UNet2DConditionModel(**UNETS[network])
     count = {"sd15": 859_520_964, "sd2": 865_910_724, "sdxl": 2_567_463_684}[network]
     assert sum(p.numel() for p in net.parameters()) == count
 

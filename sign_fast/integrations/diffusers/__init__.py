@@ -1,6 +1,6 @@
 """diffusers on sign_fast: `accelerate` and `restore` for its UNets and autoencoders, `SiDPipeline` for few steps.
 
-Needs `pip install 'sign-fast[diffusers]'`; importing this package imports none of it.
+Needs `pip install 'sign-fast[diffusers]'`; importing this package imports none of it, nor torch.
 """
 
 from __future__ import annotations
@@ -8,14 +8,20 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .report import Acceleration, Site
 from .versions import TESTED_VERSIONS
 
 if TYPE_CHECKING:
     from .acceleration import accelerate, restore
     from .pipeline import SiDPipeline
+    from .report import Acceleration, Site
 
-_LAZY = {"SiDPipeline": "pipeline", "accelerate": "acceleration", "restore": "acceleration"}
+_LAZY = {
+    "Acceleration": "report",
+    "SiDPipeline": "pipeline",
+    "Site": "report",
+    "accelerate": "acceleration",
+    "restore": "acceleration",
+}
 
 
 def __getattr__(name: str) -> Any:
