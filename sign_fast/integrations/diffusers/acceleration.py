@@ -10,7 +10,7 @@ from torch import nn
 
 from ...errors import SignFastError
 from ...kernels.dispatch import Reason
-from .classes import become, derived_since, is_ours, plain_class
+from .classes import become, derived_since, is_ours, plain_class, sharded
 from .report import Acceleration, Found
 from .versions import require_diffusers
 
@@ -35,7 +35,7 @@ def accelerate(pipeline_or_model: Any, *, attention: bool = True, channels_last:
             replaced since, such as an activation.
         attention: whether attention becomes ours.
         channels_last: whether weights, and so activations, become channels_last. An output is then laid out like that
-            as well: reshape it rather than view it.
+            as well: reshape it rather than view it. FSDP's weights never do, and FSDP2 takes no others.
 
     Returns:
         What was changed and what was left, with reasons; `print` it. Its `restore` undoes it.
@@ -50,12 +50,14 @@ def accelerate(pipeline_or_model: Any, *, attention: bool = True, channels_last:
     for name, model in models.items():
         if _is_compiled(pipeline_or_model, model):
             raise SignFastError(f"{name or type(model).__name__}: {_COMPILED}")
+    channels_last = channels_last and not any(map(sharded, _roots(pipeline_or_model)))
     for model in models.values():
         _change(model, attention=attention, channels_last=channels_last)
 
     def look() -> Iterator[Found]:
+        owned = any(map(sharded, _roots(pipeline_or_model)))
         for name, model in models.items():
-            yield from sites.look(model, name)
+            yield from sites.look(model, name, owned)
         yield from _others(pipeline_or_model, models)
 
     return Acceleration(look, lambda: restore(pipeline_or_model))
@@ -74,14 +76,16 @@ def restore(pipeline_or_model: Any) -> None:
         for name, module in model.named_modules(prefix=prefix):
             if derived_since(module):
                 kind = type(module).__name__
-                raise SignFastError(f"{name} has become a {kind} since accelerate: undo that first, then restore")
+                raise SignFastError(f"{name} has become a {kind} since accelerate: undo that, or restore before it")
+    owned = any(map(sharded, _roots(pipeline_or_model)))
     for model in models.values():
         for module in model.modules():
             if is_ours(type(module)):  # a LoRA layer's convolution too, which peft makes of its base layer's class
                 become(module, plain_class(module))
             _disconnect(module)
             for name, (shape, stride) in module.__dict__.pop(_STRIDES, {}).items():
-                _lay_out(getattr(module, name, None), shape, stride)
+                if not owned:
+                    _lay_out(getattr(module, name, None), shape, stride)
 
 
 # ---- what is accelerated ----
@@ -110,6 +114,11 @@ def _models(given: Any) -> dict[str, nn.Module]:
     return found
 
 
+def _roots(given: Any) -> list[nn.Module]:
+    parts = [given] if isinstance(given, nn.Module) else given.components.values()
+    return [part for part in parts if isinstance(part, nn.Module)]
+
+
 def _kinds() -> tuple[type, ...]:
     import diffusers
 
@@ -118,8 +127,8 @@ def _kinds() -> tuple[type, ...]:
 
 def _is_compiled(given: Any, model: nn.Module) -> bool:
     """Whether the model or part of it runs compiled, where a change of classes would come too late or be recompiled."""
-    parts = [given] if isinstance(given, nn.Module) else list(given.components.values())
-    wrappers = [part for part in parts if type(part).__name__ == "OptimizedModule" and model in set(part.modules())]
+    roots = _roots(given)
+    wrappers = [root for root in roots if type(root).__name__ == "OptimizedModule" and model in set(root.modules())]
     return bool(wrappers) or any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules())
 
 

@@ -26,6 +26,12 @@ def derived_since(module: nn.Module) -> bool:
     return not is_ours(type(module)) and any(map(is_ours, type(module).__mro__))
 
 
+def sharded(module: nn.Module) -> bool:
+    """Whether FSDP owns parameters in it, also while they are gathered and look like any other."""
+    names = ("FSDPModule", "FullyShardedDataParallel")  # not imported: that takes a while
+    return any(base.__name__ in names for m in module.modules() for base in type(m).__mro__)
+
+
 def become(module: nn.Module, kind: type[nn.Module]) -> None:
     """Set the class; hooks that have kept its bound forward go on with the new one's."""
     kept = bound_forwards(module, type(module))

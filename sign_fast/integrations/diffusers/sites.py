@@ -85,8 +85,8 @@ def candidates(model: nn.Module) -> Iterator[Candidate]:
             yield Candidate(name, module, plain.__name__, "", None, _NONE_OF_OURS)
 
 
-def look(model: nn.Module, prefix: str) -> Iterator[Found]:
-    """The model's sites as they are now, their names after `prefix`."""
+def look(model: nn.Module, prefix: str, owned: bool) -> Iterator[Found]:
+    """The model's sites as they are now, their names after `prefix`; `owned`: FSDP has its parameters."""
     split = _split(model)
     for c in candidates(model):
         name = ".".join(filter(None, (prefix, c.name)))
@@ -95,7 +95,7 @@ def look(model: nn.Module, prefix: str) -> Iterator[Found]:
         if reason is None and c.kind == _ATTENTION and kernel_reason(c.module) is not None:
             yield Found(name, "attention kernel", "", kernel_reason(c.module))
     for name, parameter in images(model):
-        reason = parameter_reason(parameter)
+        reason = _PARAMETER if owned else parameter_reason(parameter)
         if reason is None and not parameter.is_contiguous(memory_format=torch.channels_last):
             reason = _FORMAT
         yield Found(".".join(filter(None, (prefix, name))), "convolution weight", "channels_last", reason)

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, parametrize
 
 from sign_fast.errors import SignFastError
@@ -141,7 +143,7 @@ def test_a_class_made_of_ours_is_told_and_nothing_is_changed(name):
     with pytest.raises(SignFastError) as told:
         restore(net)
     made = f"mid_block.resnets.0.{name} has become a {kind.__name__} since accelerate"
-    assert str(told.value) == f"{made}: undo that first, then restore"
+    assert str(told.value) == f"{made}: undo that, or restore before it"
     a = accelerate(net)  # which leaves it what it is
     assert type(module) is kind and _ours(net) == ours
     assert any("derived" in s.reason for s in a.left if s.name.endswith(f"resnets.0.{name}")) or name == "conv1"
@@ -150,6 +152,53 @@ def test_a_class_made_of_ours_is_told_and_nothing_is_changed(name):
     restore(net)
     assert not _ours(net)
     torch.testing.assert_close(_call(net), want, **CLOSE)
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_the_parameters_of_a_sharded_network_stay_fsdps(mesh):
+    """Between forward and backward they are whole and look like any other's; other memory would no longer be FSDP's."""
+
+    def losses(speed: bool) -> list[float]:
+        net = _network()
+        fully_shard(net, mesh=mesh)
+        _call(net)
+        if speed:
+            a = accelerate(net)
+            reasons = {s.reason for s in a.left if s.kind == "convolution weight"}
+            assert len(reasons) == 1 and "no plain tensor (sharded" in reasons.pop()
+            assert "GroupNorm–SiLU" in {s.kind for s in a.changed}
+        net.reshard()
+        optimizer = torch.optim.SGD(net.parameters(), 1e-2)
+        found = []
+        for _ in range(2):
+            loss = small.call_unet(net, torch.float64).square().mean()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        if speed:
+            restore(net)
+            assert not _ours(net)
+        return found
+
+    want = losses(False)
+    assert losses(True) == pytest.approx(want, rel=1e-9) and want[0] != want[1]
+
+
+def test_accelerate_before_sharding(mesh):
+    net = _network()
+    want = _call(net)
+    accelerate(net, channels_last=False)
+    fully_shard(net.mid_block.resnets[0], mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    torch.testing.assert_close(_call(net), want, **CLOSE)
+    with pytest.raises(SignFastError, match=r"mid_block\.resnets\.0 has become a FSDPResnetBlock2D since accelerate"):
+        restore(net)
 
 
 def test_an_error_in_between_leaves_what_computes_and_restores(monkeypatch):
