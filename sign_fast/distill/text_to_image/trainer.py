@@ -91,7 +91,8 @@ class TextDistiller(Run):
         size = settings.resolution
         assert size is not None
         self.shape = (parts.latent_shape[0], size // parts.pixels, size // parts.pixels)
-        self._unet, self._folder_of_teacher = (type(parts.unet), parts.unet.config), Path(settings.teacher)
+        config = {**parts.unet.config, "sample_size": self.shape[1]}  # what the student's pipeline makes by itself
+        self._unet, self._folder_of_teacher = (type(parts.unet), config), Path(settings.teacher)
         self._vae, self._scale, self._parts = parts.vae.eval().requires_grad_(False), parts.scale, parts
         self._said = {"vae_scaling_factor": parts.scaling_factor, "vae_pixels": parts.pixels}
         self._source = TextSource(parts, settings, size)
