@@ -30,7 +30,8 @@ def words_of(root, **others):
 def test_from_prompts_to_pictures(root, tmp_path, capfd):
     from sign_fast.integrations.diffusers import SiDPipeline
 
-    words = [*words_of(root), *SHORT, "--steps", 2, "--guidance", "lsg", "--resolution", 32, "--outdir", tmp_path / "run"]
+    words = [*words_of(root), *SHORT, "--steps", 2, "--guidance", "lsg", "--resolution", 32]
+    words += ["--outdir", tmp_path / "run"]
     status, out, err = run(capfd, *words)
     assert status == 0, err
     assert out == f"distilled to 2 iterations: {tmp_path / 'run' / 'network'}\n"
