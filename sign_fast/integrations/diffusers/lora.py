@@ -92,7 +92,7 @@ def _file(given: Any, options: dict[str, Any]) -> Path:
     if not named.exists():
         raise SignFastError(f"no LoRA at {named}: nothing is fetched, name a file or folder on this machine")
     if named.is_dir():
-        named = named / options.setdefault("weight_name", LORA_WEIGHTS)
+        named = named / (options.get("subfolder") or "") / options.setdefault("weight_name", LORA_WEIGHTS)
     if named.suffix != ".safetensors" or not named.is_file():
         raise SignFastError(f"{named} is no safetensors file on this machine: a LoRA is read from one")
     return named

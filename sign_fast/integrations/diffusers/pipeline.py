@@ -117,6 +117,8 @@ class SiDPipeline(
     ) -> SiDPipeline:
         """The pipeline of a folder on this machine.
 
+        A safety_checker, feature_extractor or image_encoder in it is left aside: nothing looks at the images.
+
         Args:
             pretrained_model_name_or_path: a folder that `save_pretrained` or a distillation wrote; or one of diffusers'
                 Stable Diffusion or SDXL pipelines, for a student given as `unet`.

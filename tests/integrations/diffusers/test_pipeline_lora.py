@@ -92,7 +92,7 @@ def test_pickled_adapters_are_not_read(tmp_path):
 
 
 def test_loras_of_files(tmp_path):
-    pipe, first = fresh("sd15"), latents_of(fresh("sd15"), "a cat", num_inference_steps=1, seeds=1)
+    pipe, first = fresh("sd15"), one(fresh("sd15"))
     path = tmp_path / "pytorch_lora_weights.safetensors"
     path.write_bytes(b"cut")
     for source in (tmp_path, path):
@@ -100,11 +100,13 @@ def test_loras_of_files(tmp_path):
             pipe.load_lora_weights(source)
     save_file(lora(1.0), path)
     shown = []
-    for source in (tmp_path, path):
-        pipe.load_lora_weights(source)
-        shown.append(latents_of(pipe, "a cat", num_inference_steps=1, seeds=1))
+    for source, subfolder in ((tmp_path, None), (path, None), (tmp_path.parent, tmp_path.name)):
+        pipe.load_lora_weights(source, subfolder=subfolder)
+        shown.append(one(pipe))
         pipe.unload_lora_weights()
-    assert torch.equal(*shown) and relative_error(shown[0], first) > 1e-3
+    assert (
+        torch.equal(shown[0], shown[1]) and torch.equal(shown[0], shown[2]) and relative_error(shown[0], first) > 1e-3
+    )
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
