@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
+from packaging.version import Version
 from torch.utils.checkpoint import checkpoint
 
 from sign_fast.integrations.diffusers import accelerate, restore
@@ -33,6 +35,8 @@ del WAYS["fp16-contiguous"]
 @pytest.fixture(params=CASES, scope="module")
 def case(request):
     """A network, its call, and float64's output."""
+    if request.param == "ncsnpp" and Version(diffusers.__version__) < Version("0.42"):
+        pytest.skip("this diffusers' FIR filters take float32 only")
     make, call = CASES[request.param]
     net = make()
     with torch.no_grad():
