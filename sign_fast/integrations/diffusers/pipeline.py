@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import SignFastError, short, whole_number
+from ...kernels.dispatch import Reason, fall_back
 from ...sampling.latent_engine import LatentEngine, LatentOutput
 from ...sampling.requests import DTYPES
 from ...sampling.students import StepNoise
@@ -34,6 +35,11 @@ PipelineOutput: TypeAlias = Literal["pil", "np", "pt", "latent"]
 
 _SETTINGS = ("num_inference_steps", "noise_type", "force_zeros_for_empty_prompt", "vae_scaling_factor", "vae_pixels")
 
+_UPCAST = Reason(
+    "the VAE's config says force_upcast, so in float16 it stays in float32",
+    "load in bfloat16, or set force_upcast to false in vae/config.json if it does not overflow",
+)
+
 
 class SiDPipeline(
     _diffusers.DiffusionPipeline,  # type: ignore[misc]
@@ -49,7 +55,7 @@ class SiDPipeline(
 
     The K calls of the network, the noise between them, the decoder and the conversion to bytes are one C++ loop on the
     CPU and one CUDA graph on a GPU (`sampling.latent_engine`); text encoders run before it. A student takes no
-    guidance. In float16 a VAE that overflows there (its config's force_upcast) is kept in float32.
+    guidance. In float16 a VAE that overflows there (its config's force_upcast) is kept in float32, with one warning.
 
     Args:
         vae: AutoencoderKL.
@@ -290,7 +296,8 @@ class SiDPipeline(
             text = text[torch.arange(count, device=engine.device) // each]
         if given is None:
             given = randn_like(torch.empty(shape, dtype=torch.float32, device=engine.device))
-        self._upcast_vae()
+        if output_type != "latent":
+            self._upcast_vae()
         output: LatentOutput = "uint8" if output_type == "pil" else "latent" if output_type == "latent" else "float"
         images = engine.generate(to_device(given, engine.device), text, steps, noise, randn_like, output)
         result = _delivered(images, output_type)
@@ -304,8 +311,11 @@ class SiDPipeline(
         return steps
 
     def _upcast_vae(self) -> None:
-        """Keep a VAE that overflows in float16 in float32, as diffusers does while it decodes."""
-        if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
+        """Keep a VAE that overflows in float16 in float32, as SDXL's pipeline does while it decodes."""
+        dtype = self.vae.dtype
+        overflows = dtype == torch.float16 or (dtype == torch.float32 and self.unet.dtype == torch.float16)
+        if self.vae.config.force_upcast and overflows:
+            fall_back("decoding", _UPCAST)
             self.vae.to(torch.float32)
 
     # ---- what diffusers' pipelines can do ----

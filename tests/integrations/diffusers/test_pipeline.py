@@ -15,6 +15,8 @@ from sign_fast.errors import SignFastError
 from sign_fast.integrations.diffusers import accelerate
 from sign_fast.integrations.diffusers import pipeline as pipeline_module
 from sign_fast.integrations.diffusers.prompts import PromptEncoder
+from sign_fast.kernels import dispatch
+from sign_fast.kernels.dispatch import SlowPathError, SlowPathWarning
 from sign_fast.sampling import few_step_latent
 from sign_fast.sampling.graphs import GraphRecaptureWarning
 from tests.golden_rules import OUTPUT_TOLERANCE, arrays, filled, normal, relative_error, settings
@@ -122,16 +124,34 @@ def test_output_types_and_sizes(made):
     assert np.abs(np.asarray(images[1], float) - 255 * array[1]).max() <= 0.51
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(made, dtype):
-    pipe = fresh("sd15", torch_dtype=dtype)
-    assert pipe.unet.dtype == pipe.text_encoder.dtype == dtype
-    assert pipe.vae.dtype == (torch.float32 if dtype == torch.float16 else dtype)  # its force_upcast
+def test_half_precision(made):
     want = floats(made("sd15"), num_inference_steps=2, seeds=[1, 2])
+    pipe = fresh("sd15", torch_dtype=torch.bfloat16)
+    assert pipe.unet.dtype == pipe.text_encoder.dtype == pipe.vae.dtype == torch.bfloat16
     got = floats(pipe, num_inference_steps=2, seeds=[1, 2])
     assert got.dtype == np.float32 and np.abs(got - want).max() <= 0.1
-    pipe.to(torch.float16)  # later, all parts
-    assert np.isfinite(floats(pipe, num_inference_steps=1, seeds=[1, 2])).all() and pipe.vae.dtype == torch.float32
+
+
+def test_a_vae_that_overflows_in_float16_stays_in_float32_and_says_so(made, monkeypatch):
+    want = floats(made("sd15"), num_inference_steps=2, seeds=[1, 2])
+    pipe = fresh("sd15", torch_dtype=torch.float16)
+    assert pipe.unet.dtype == pipe.text_encoder.dtype == torch.float16 and pipe.vae.dtype == torch.float32
+    monkeypatch.setattr(dispatch, "_warned", set())
+    latents_of(pipe, num_inference_steps=1, seeds=[1, 2])
+    with pytest.warns(
+        SlowPathWarning, match="in float16 it stays in float32; load in bfloat16, or set force"
+    ) as record:
+        got = floats(pipe, num_inference_steps=2, seeds=[1, 2])
+        pipe.to(torch.float16)  # later, all parts
+        again = floats(pipe, num_inference_steps=2, seeds=[1, 2])
+    assert len(record) == 1 and pipe.vae.dtype == torch.float32
+    assert np.abs(got - want).max() <= 0.1 and np.abs(again - want).max() <= 0.1
+    monkeypatch.setenv("SIGN_FAST_STRICT", "1")
+    with pytest.raises(SlowPathError, match="decoding: the VAE's config says force_upcast"):
+        floats(pipe, num_inference_steps=1, seeds=[1, 2])
+    pipe.vae.register_to_config(force_upcast=False)
+    pipe.to(torch.float16)
+    assert np.isfinite(floats(pipe, num_inference_steps=1, seeds=[1, 2])).all() and pipe.vae.dtype == torch.float16
 
 
 # ---- seeds and generators ----
