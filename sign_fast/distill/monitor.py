@@ -1,9 +1,7 @@
-"""What a run writes while it goes: log rows, quality of the averaged student, sample grids, curves."""
+"""What a run writes while it goes: quality of the averaged student, sample grids, and as every run rows and curves."""
 
 from __future__ import annotations
 
-import math
-import time
 from pathlib import Path
 
 import torch
@@ -13,10 +11,7 @@ from torch import Tensor
 from ..data import in_range, one_hot
 from ..models.precond import Precond
 from ..models.presets import CLASSES
-from ..training.logs import RunLog
 from ..training.processes import raised_together
-from .curves import draw_curves
-from .divergence import DivergenceGuard
 from .draws import Draws
 from .held_out import MOST_IMAGES, HeldOut
 from .networks import Networks
@@ -30,11 +25,11 @@ from .quality import (
     score_gap,
     score_gap_columns,
 )
+from .run_monitor import RunMonitor
 from .settings import DistillSettings
 
 _GRID_IMAGES = 64
 _GAP_IMAGES = 128
-_SECONDS_BETWEEN_CURVES = 60
 
 
 def loss_columns(settings: DistillSettings) -> list[str]:
@@ -60,8 +55,8 @@ def checked_steps(settings: DistillSettings) -> list[int]:
     return [k for k in range(1, settings.steps + 1) if settings.steps % k == 0]
 
 
-class Monitor:
-    """Logs of a run: all processes have one, the first one measures and writes.
+class Monitor(RunMonitor):
+    """`RunMonitor` that measures the quality of the averaged student.
 
     Args:
         settings: of the run.
@@ -87,31 +82,23 @@ class Monitor:
         device: torch.device,
         rank: int = 0,
     ) -> None:
-        self.settings, self.networks, self.quality, self.folder = settings, networks, quality, folder
-        self.device, self.rank = device, rank
+        self.settings, self.networks, self.quality = settings, networks, quality
         teacher = networks.teacher
         self.shape = (teacher.img_channels, teacher.img_resolution, teacher.img_resolution)
-        self.losses = loss_columns(settings)
         self.steps = checked_steps(settings)
         self.sharded = is_sharded(networks.ema)
         self.held_out = self.held_out_labels = None
-        self.log: RunLog | None = None
-        self.note = ""
         self._gathered: Precond | None = None
-        self._drawn = time.monotonic()
-        if rank:
-            return
-        if settings.method == "sign":
-            self.held_out, self.held_out_labels = self._held_out(held_out, samples)
         qualities = [f"quality_{k}" for k in self.steps] if quality is not None else []
         gaps = score_gap_columns() if settings.trains_fake_score else []
         idempotence = IDEMPOTENCE_COLUMNS if settings.method == "sign" else []
         tables = {
-            "metrics": ["iteration", "kimg", *self.losses, "lr", "images_per_second"],
-            "quality": ["iteration", "kimg", *qualities, *gaps, *idempotence],
+            "metrics": [*loss_columns(settings), "lr", "images_per_second"],
+            "quality": [*qualities, *gaps, *idempotence],
         }
-        self.log = RunLog(folder, tables, iteration)
-        self.note = self.log.without_tensorboard
+        super().__init__(settings, tables, folder, iteration, device, rank)
+        if settings.method == "sign" and rank == 0:
+            self.held_out, self.held_out_labels = self._held_out(held_out, samples)
 
     def _held_out(
         self, held_out: HeldOut | None, samples: tuple[Tensor, Tensor | None] | None
@@ -127,13 +114,6 @@ class Monitor:
     def _cyclic_labels(self, count: int) -> Tensor | None:
         label_dim = self.networks.teacher.label_dim
         return one_hot(torch.arange(count, device=self.device) % max(label_dim, 1), label_dim)
-
-    def write(self, iteration: int, values: dict[str, float], table: str = "metrics") -> None:
-        """One row; what an iteration did not give is NaN. All processes call it."""
-        with raised_together(self.device):
-            if self.log is not None:
-                whole = {name: values.get(name, math.nan) for name in self.log.columns(table)[1:]}
-                self.log.write(iteration, whole | {"kimg": iteration * self.settings.batch / 1000}, table)
 
     def check(self, iteration: int) -> dict[str, float]:
         """Measure the averaged student, write the row and the sample grid; all processes call it.
@@ -205,16 +185,3 @@ class Monitor:
     def _normal(self, count: int) -> Tensor:
         """The same noise at every check."""
         return Draws(torch.arange(count).to(self.device)).normal(0, self.shape)
-
-    def draw(self, guard: DivergenceGuard, now: bool = False) -> None:
-        """curves.png, at most once a minute unless `now`; where it cannot be drawn `note` says so."""
-        if self.log is None or not (now or time.monotonic() - self._drawn > _SECONDS_BETWEEN_CURVES):
-            return
-        s = self.settings
-        title = f"{s.method} from {s.teacher}, seed {s.seed}"
-        self.note = draw_curves(self.folder, stop_above=guard.limit, title=title) or self.note
-        self._drawn = time.monotonic()
-
-    def close(self) -> None:
-        if self.log is not None:
-            self.log.close()

@@ -8,7 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -23,20 +23,11 @@ from ..training.state import load_newest, save_state, saved_states
 from .divergence import DivergenceGuard, all_finite
 from .iteration import Updates
 from .method import Losses
+from .run_monitor import RunMonitor
 from .run_settings import RunSettings, changed, plain
 
 _SETTINGS = "settings.json"
 NETWORKS = ("network", "best")  # folders of students
-
-
-class RunMonitor(Protocol):
-    """What a run logs with: see `monitor.Monitor`."""
-
-    note: str
-
-    def write(self, iteration: int, values: dict[str, float], table: str = "metrics") -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Run(ABC):

@@ -188,7 +188,7 @@ class Distiller(Run):
             if best is not None:
                 figures = self._figures(values, monitor.steps) if self.updates.rank == 0 else {}
                 self._save_network("best", best, figures)
-            monitor.draw(self.guard, now=done or bool(stop))
+            monitor.draw(now=done or bool(stop), stop_above=self.guard.limit)
         self._stop(stop)
         return values
 

@@ -36,6 +36,7 @@ def test_from_prompts_to_pictures(root, tmp_path, capfd):
     assert status == 0, err
     assert out == f"distilled to 2 iterations: {tmp_path / 'run' / 'network'}\n"
     assert "no quality figure is measured" in err and "prompts: 100%" in err and "loss_fake=" in err
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 1000
     pipeline = SiDPipeline.from_pretrained(tmp_path / "run" / "network")
     assert pipeline.config.num_inference_steps == 2
     assert pipeline(PROMPTS[0], seeds=[3]).images[0].size == (32, 32)  # as trained; the teacher's are 64

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from sign_fast import ImageGenerator
 from sign_fast.checkpoints.lock import FolderLock
 from sign_fast.data import open_dataset
-from sign_fast.distill import monitor
+from sign_fast.distill import run_monitor
 from sign_fast.distill.batches import Batches
 from sign_fast.distill.monitor import loss_columns
 from sign_fast.distill.pairs import FILE, make_pairs, pairs_at
@@ -53,7 +53,7 @@ def finished(teacher, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch):
     """They take longer than these runs; `finished`, made before this, has its own."""
-    monkeypatch.setattr(monitor, "draw_curves", lambda *arguments, **options: "")
+    monkeypatch.setattr(run_monitor, "draw_curves", lambda *arguments, **options: "")
 
 
 def run(s, folder, quality=brightness, report=lambda progress: None):
@@ -259,7 +259,7 @@ def tiny_held_out():
 
 
 def test_what_is_off_for_want_of_a_package_is_told(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(monitor, "draw_curves", lambda *arguments, **options: "curves.png is off: install it")
+    monkeypatch.setattr(run_monitor, "draw_curves", lambda *arguments, **options: "curves.png is off: install it")
     assert run(settings(teacher, kimg=0.008), tmp_path).notes == ["curves.png is off: install it"]
 
 

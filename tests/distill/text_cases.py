@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import nn
 
+from sign_fast.distill import run_monitor
 from sign_fast.distill.text_to_image import inputs, monitor
 from sign_fast.distill.text_to_image.settings import TextToImageSettings
 from sign_fast.distill.text_to_image.trainer import TextDistiller
@@ -67,6 +69,12 @@ def settings(teacher, prompts: str, **changes) -> TextToImageSettings:
     return TextToImageSettings("sid-latent", str(teacher), prompts=prompts, **{**base, **changes})
 
 
+def leave_away_what_takes_long(set_: Callable[[object, str, object], None]) -> None:
+    """Curves, and most of the teacher's calls for a reference; `set_` is setattr, or a fixture's."""
+    set_(run_monitor, "draw_curves", lambda *arguments, **options: "")
+    set_(monitor, "_TEACHER_CALLS", 3)
+
+
 # ---- several processes ----
 
 PARALLEL = {  # by name: kind of pipeline, settings
@@ -88,7 +96,7 @@ def _together(root: Path, folder: Path) -> None:
     """Every case under both kinds of parallelism, in this process group."""
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    monitor.draw_curves = lambda *arguments, **options: ""
+    leave_away_what_takes_long(setattr)
     inputs._TEXT_SHARD, inputs._LATENT_SHARD = 3, 2  # several files, for each process some
     for case, parallel in RUNS:
         TextDistiller(parallel_settings(root, case, parallel), folder / f"{case}-{parallel}", CPU).run()
@@ -110,7 +118,7 @@ def _killed(teacher: str, prompts: str, folder: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     torch.save = cut
-    monitor.draw_curves = lambda *arguments, **options: ""
+    leave_away_what_takes_long(setattr)
     torch.set_num_threads(1)
     TextDistiller(settings(teacher, prompts, steps=2, guidance="lsg"), folder, CPU).run()
 

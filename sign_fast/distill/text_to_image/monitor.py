@@ -1,9 +1,8 @@
-"""What a text-to-image run writes while it goes: log rows, score gaps, latents' statistics, sample grids, curves."""
+"""What a text-to-image run writes while it goes: score gaps, latents' statistics, sample grids, rows and curves."""
 
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,19 @@ import torch
 from torch import Tensor
 
 from ...integrations.diffusers.parts import LatentScale
-from ...training.logs import RunLog
 from ...training.processes import raised_together
-from ..curves import draw_curves
-from ..divergence import DivergenceGuard
 from ..draws import Draws, Stream
 from ..latent import guided, roll_out, rows_of
 from ..method import set_mode
 from ..parallel import is_sharded
 from ..quality import sample_grid
+from ..run_monitor import RunMonitor
 from .inputs import Text
 from .iteration import LatentIteration
 from .settings import TextToImageSettings
 
 _LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of 1000 steps, or of a flow's time
 _TEACHER_CALLS = 20
-_SECONDS_BETWEEN_CURVES = 60
 _DRAWS = 0  # the seed of the first sample
 
 
@@ -133,8 +129,8 @@ def spread(found: float, reference: float) -> float:
     return max(found / reference, reference / found)
 
 
-class TextMonitor:
-    """Logs of a run: all processes have one, the first one writes.
+class TextMonitor(RunMonitor):
+    """`RunMonitor` that watches the averaged student's latents and draws samples.
 
     Args:
         settings: of the run.
@@ -159,33 +155,12 @@ class TextMonitor:
         device: torch.device,
         rank: int = 0,
     ) -> None:
-        self.settings, self.probe, self.reference = settings, probe, reference
-        self.vae, self.scale, self.folder, self.device, self.rank = vae, scale, folder, device, rank
-        self.log: RunLog | None = None
-        self.note = ""
-        self._drawn = time.monotonic()
-        if rank:
-            return
+        self.probe, self.reference, self.vae, self.scale = probe, reference, vae, scale
         tables = {
-            "metrics": ["iteration", "kimg", *loss_columns(settings), "lr", "images_per_second"],
-            "quality": [
-                "iteration",
-                "kimg",
-                *gap_columns(probe.flow),
-                "latents_mean",
-                "latents_std",
-                "latents_std_wanted",
-            ],
+            "metrics": [*loss_columns(settings), "lr", "images_per_second"],
+            "quality": [*gap_columns(probe.flow), "latents_mean", "latents_std", "latents_std_wanted"],
         }
-        self.log = RunLog(folder, tables, iteration)
-        self.note = self.log.without_tensorboard
-
-    def write(self, iteration: int, values: dict[str, float], table: str = "metrics") -> None:
-        """One row; what an iteration did not give is NaN. All processes call it."""
-        with raised_together(self.device):
-            if self.log is not None:
-                whole = {name: values.get(name, math.nan) for name in self.log.columns(table)[1:]}
-                self.log.write(iteration, whole | {"kimg": iteration * self.settings.batch / 1000}, table)
+        super().__init__(settings, tables, folder, iteration, device, rank)
 
     def check(self, iteration: int) -> dict[str, float]:
         """Measure, write the row and the sample grid; all processes call it.
@@ -214,15 +189,3 @@ class TextMonitor:
         parts = [vae.decode(self.scale.to_vae(z[None].float())).sample.float().cpu() for z in latents]
         self.vae.to("cpu")
         return (torch.nan_to_num(torch.cat(parts)) * 127.5 + 128).clamp(0, 255).to(torch.uint8)
-
-    def draw(self, guard: DivergenceGuard, now: bool = False) -> None:
-        """curves.png, at most once a minute unless `now`; where it cannot be drawn `note` says so."""
-        if self.log is None or not (now or time.monotonic() - self._drawn > _SECONDS_BETWEEN_CURVES):
-            return
-        s = self.settings
-        self.note = draw_curves(self.folder, title=f"{s.method} from {s.teacher}, seed {s.seed}") or self.note
-        self._drawn = time.monotonic()
-
-    def close(self) -> None:
-        if self.log is not None:
-            self.log.close()

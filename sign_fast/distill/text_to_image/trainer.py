@@ -238,7 +238,7 @@ class TextDistiller(Run):
             dist.broadcast(found, 0)
         stop = self.guard.check(self.iteration, spread(float(found), self.reference))
         with raised_together(self.updates.device):
-            self.monitor.draw(self.guard, now=done or bool(stop))
+            self.monitor.draw(now=done or bool(stop))
         self._stop(stop)
         return values
 
