@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ... import functional
 from ...kernels.attention.op import supports
 from ...kernels.dispatch import Reason, fall_back
+from .classes import unwatched
 from .joins import join
 from .modules import follower_of
 
@@ -62,10 +63,12 @@ class Attention(attention_processor.Attention):  # type: ignore[misc]
                 fall_back("attention of diffusers", reason)
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)
         residual = hidden_states
-        if self.group_norm is not None and hidden_states.ndim == 4:
+        # of an image it is one pass; what watches the norm has to see tokens
+        of_image = self.group_norm is not None and hidden_states.ndim == 4 and unwatched(self.group_norm)
+        if of_image:
             hidden_states = self.group_norm(hidden_states)
         tokens = hidden_states.flatten(2).transpose(1, 2) if hidden_states.ndim == 4 else hidden_states
-        if self.group_norm is not None and hidden_states.ndim != 4:
+        if self.group_norm is not None and not of_image:
             tokens = self.group_norm(tokens.transpose(1, 2)).transpose(1, 2)
         q, k, v = (self._split(t) for t in self._project(tokens, encoder_hidden_states))
         out = attend(q, k, v)

@@ -96,6 +96,19 @@ def test_a_hook_on_a_norm_or_activation_sees_that_step_alone(case, monkeypatch):
         torch.testing.assert_close(_call(net), untouched, **CLOSE)
 
 
+def test_a_hook_on_an_attentions_norm_sees_tokens():
+    net = small.copy_in(small.autoencoder(), torch.float64)
+    seen = []
+    norm = net.decoder.mid_block.attentions[0].group_norm
+    norm.register_forward_hook(lambda module, given, output: seen.append(output.clone()))
+    with torch.no_grad():
+        small.call_autoencoder(net, torch.float64)
+        accelerate(net)
+        small.call_autoencoder(net, torch.float64)
+    want, got = seen
+    torch.testing.assert_close(got, want, **CLOSE)
+
+
 def test_another_activation_and_norms_set_later_run():
     net = _network()
     a = accelerate(net)
