@@ -218,10 +218,13 @@ class LatentEngine:
 
 def _tensors(network: nn.Module) -> Iterable[Tensor]:
     """Its parameters and buffers, faster than nn.Module lists them, which makes up their names."""
-    waiting = [network]
-    while waiting:
-        module = waiting.pop()
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
+    waiting: list[nn.Module | None] = [network]
+    for module in waiting:  # which grows meanwhile
+        if module is None:
+            continue
+        values = module.__dict__
+        for tensor in (*values["_parameters"].values(), *values["_buffers"].values()):
             if tensor is not None:
                 yield tensor
-        waiting.extend(child for child in module._modules.values() if child is not None)
+        if children := values["_modules"]:
+            waiting.extend(children.values())

@@ -15,20 +15,21 @@ _TOLD = frozenset(("processor", "_disable_adapters", "resolution_idx", "use_slic
 def python_state(networks: Iterable[nn.Module]) -> Hashable:
     """Equal for equal states: the classes of modules and attention processors, adapters and their scales, FreeU's
     scales, the autoencoder's slicing and tiling. What hooks and processors hold in themselves is not looked at."""
-    found: list[Hashable] = []
-    waiting = list(networks)
-    while waiting:
-        module = waiting.pop()
-        found.append(_of(module))
-        waiting.extend(child for child in module._modules.values() if child is not None)
+    found: list[Any] = []
+    waiting: list[nn.Module | None] = list(networks)
+    for module in waiting:  # which grows meanwhile; asked at every call, so written for speed
+        if module is None:
+            continue
+        values = module.__dict__
+        found.append(type(module) if values.keys().isdisjoint(_TOLD) else _of(module))
+        if children := values["_modules"]:
+            waiting.extend(children.values())
     return tuple(found)
 
 
 def _of(module: nn.Module) -> Hashable:
     values: dict[str, Any] = module.__dict__
     found: list[Any] = [type(module)]
-    if values.keys().isdisjoint(_TOLD):
-        return tuple(found)
     if "processor" in values:
         found.append(type(values["processor"]))
     if "_disable_adapters" in values:  # peft's layers
