@@ -31,17 +31,8 @@ _ONLY = {  # what not every method reads
     "sign": ("data", "xflip", "held_out", "rec", "idem", "flow", "dmd", "den", "matching", "idem_ramp_kimg"),
     "sid-latent": (
         *("steps", "data", "adversarial_weight", "adversarial_kimg", "student_kimg", "prompts", "prompt_column"),
-        *(
-            "guidance",
-            "guidance_scale",
-            "noise_type",
-            "flow_weight",
-            "resolution",
-            "fake_lora",
-            "accelerate",
-            "samples",
-            "cache",
-        ),
+        *("guidance", "guidance_scale", "noise_type", "flow_weight", "resolution"),
+        *("fake_lora", "accelerate", "samples", "cache"),
     ),
 }
 _OF_DENOISERS = ("update", "dropout", "reg", "pairs", "capture", "quality_images")  # what sid-latent does not read
@@ -100,9 +91,19 @@ _OF_THE_FAKE_SCORE = ("den", "fake_updates", "fake_lr", "fake_betas", "fake_scal
 @click.option("--sigma_G", "sigma_init", type=float, help="Noise level of SiD's student input.  [default: 2.5]")
 @click.option("--ls", "fake_scale", type=float, help="Factor of the fake score's loss.")
 @click.option("--lsg", "student_scale", type=float, help="Factor of the student's loss.")
-@click.option("--lsg-gan", "adversarial_weight", type=float, help="Factor of SiDA's adversarial loss.")
-@click.option("--adversarial-after", type=float, help="When that loss sets in, in millions of images.  [default: 0.2]")
-@click.option("--student-after", type=float, help="When SiDA's student starts to move.  [default: 0.1]")
+@click.option(
+    "--lsg-gan", "adversarial_weight", type=float, help="Factor of the adversarial loss, of sida or of sid-latent."
+)
+@click.option(
+    "--adversarial-after",
+    type=float,
+    help="When that loss sets in, in millions of images.  [default: 0.2, of sid-latent 0]",
+)
+@click.option(
+    "--student-after",
+    type=float,
+    help="When the student starts to move, where there is that loss.  [default: 0.1, of sid-latent 0]",
+)
 @click.option("--rec", type=float, help="Weight of SIGN's reconstruction; 0 leaves a term away.")
 @click.option("--idem", type=float, help="Of idempotence.")
 @click.option("--idem-ramp", type=float, help="Over which --idem rises from 0, in millions of images.")
