@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ class LoraMixin(_loaders.StableDiffusionLoraLoaderMixin):  # type: ignore[misc]
             raise SignFastError("use_safetensors=False would read pickles, which can run code: leave it away")
         given = pretrained_model_name_or_path_or_dict
         named = "the dict" if isinstance(given, dict) else _file(given, options)
+        if importlib.util.find_spec("peft") is None:
+            raise SignFastError("LoRAs need peft, which is not installed: pip install 'sign-fast[diffusers]'")
         kind = "StableDiffusionLoraLoaderMixin" if self.text_encoder_2 is None else "StableDiffusionXLLoraLoaderMixin"
         before = {name: _adapters(model) for name, model in self._lora_models()}
         try:

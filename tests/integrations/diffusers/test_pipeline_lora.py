@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pickle
 
 import pytest
@@ -160,3 +161,10 @@ def test_a_lora_that_does_not_fit_changes_nothing(tmp_path, weights, message, lo
     assert torch.equal(one(pipe), before) and list(pipe.unet.state_dict()) == keys
     assert [name for names in pipe.get_list_adapters().values() for name in names] == ["a"] * loaded
     pipe.load_lora_weights(lora(1.0), adapter_name="b")  # the name is free
+
+
+def test_loras_without_peft(monkeypatch):
+    pipe = fresh("sd15")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SignFastError, match=r"LoRAs need peft, which is not installed: pip install 'sign-fast\[diff"):
+        pipe.load_lora_weights(lora(1.0))
