@@ -7,6 +7,7 @@ over channels and pixels, and go through ls/B and lsg/B: 1 and 1 where noise or 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -75,7 +76,7 @@ def guidance(strategy: str, scale: float | None = None) -> Guidance:
         ValueError: an unknown strategy; a scale that is missing, not negative, or given where it is fixed.
     """
     if strategy == "anti-cfg":
-        if scale is None or not scale < 0:
+        if scale is None or not -math.inf < scale < 0:
             raise ValueError(f"anti-cfg needs a negative scale, such as -0.5, not {scale}")
         return Guidance(scale, scale, 1)
     if strategy not in STRATEGIES:

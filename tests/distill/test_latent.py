@@ -78,7 +78,7 @@ def test_strategies():
         "lsg-4.5": 0.1,
         "zero-cfg": 0.1,
     }
-    for bad in [("anti-cfg", None), ("anti-cfg", 0.5), ("lsg", 2.0), ("cfg", None)]:
+    for bad in [("anti-cfg", None), ("anti-cfg", 0.5), ("anti-cfg", -math.inf), ("lsg", 2.0), ("cfg", None)]:
         with pytest.raises(ValueError, match=r"negative scale|fixed|must be one of none, lsg"):
             latent.guidance(*bad)
 
