@@ -147,7 +147,7 @@ def pipeline() -> Any:
         vae=autoencoder(),
         text_encoder=text.eval(),
         tokenizer=None,
-        unet=unet(SD15),
+        unet=unet(SHALLOW),
         scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
