@@ -48,8 +48,8 @@ def load_parts(
 
     Args:
         folder: with model_index.json, as diffusers' save_pretrained writes it.
-        dtype: of the models' weights, None for float32; in float16 a VAE that overflows there stays in float32
-            (its config's force_upcast).
+        dtype: of the models' weights, None for float32; in float16 an SDXL's VAE that overflows there (its
+            config's force_upcast) stays in float32.
         variant: of the weights' file names, e.g. "fp16".
         given: parts in the place of the folder's own, by name, e.g. unet.
 
@@ -65,9 +65,14 @@ def load_parts(
     parts = dict(given)
     for name in PARTS:
         if name not in given and listed.get(name, [None])[0] is not None:
-            parts[name] = _load(root, name, listed[name], dtype, variant)
+            overflows = name == "vae" and dtype == torch.float16 and _has(listed, given, "text_encoder_2")
+            parts[name] = _load(root, name, listed[name], dtype, variant, overflows)
     settings = {n: v for n, v in index.items() if not isinstance(v, list) and not n.startswith("_")}
     return Parts(**parts, settings={**settings, "_class_name": index["_class_name"]}, folder=root)
+
+
+def _has(listed: Mapping[str, list[Any]], given: Mapping[str, Any], name: str) -> bool:
+    return given[name] is not None if name in given else listed.get(name, [None])[0] is not None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -131,8 +136,10 @@ def _library(name: str) -> Any:
         ) from error
 
 
-def _load(root: Path, name: str, listed: list[str], dtype: torch.dtype | None, variant: str | None) -> Any:
-    """One part, by its class's own reader."""
+def _load(
+    root: Path, name: str, listed: list[str], dtype: torch.dtype | None, variant: str | None, overflows: bool
+) -> Any:
+    """One part, by its class's own reader; in float32 if it overflows, unless its config denies that."""
     library, class_name = listed
     place = root / name
     if not place.is_dir():
@@ -145,7 +152,7 @@ def _load(root: Path, name: str, listed: list[str], dtype: torch.dtype | None, v
     if name in ("unet", "vae", "text_encoder", "text_encoder_2"):
         config = _read_json(place / "config.json")
         _check_weights(place, library, config, variant)
-        if name == "vae" and dtype == torch.float16 and config.get("force_upcast", True):
+        if overflows and config.get("force_upcast", True):
             dtype = torch.float32
         return _load_model(cls, place, dtype, variant)
     if name == "scheduler":

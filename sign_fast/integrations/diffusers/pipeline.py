@@ -36,7 +36,7 @@ PipelineOutput: TypeAlias = Literal["pil", "np", "pt", "latent"]
 _SETTINGS = ("num_inference_steps", "noise_type", "force_zeros_for_empty_prompt", "vae_scaling_factor", "vae_pixels")
 
 _UPCAST = Reason(
-    "the VAE's config says force_upcast, so in float16 it stays in float32",
+    "SDXL's VAE overflows in float16 (force_upcast in its config), so it stays in float32",
     "load in bfloat16, or set force_upcast to false in vae/config.json if it does not overflow",
 )
 
@@ -55,7 +55,8 @@ class SiDPipeline(
 
     The K calls of the network, the noise between them, the decoder and the conversion to bytes are one C++ loop on the
     CPU and one CUDA graph on a GPU (`sampling.latent_engine`); text encoders run before it. A student takes no
-    guidance. In float16 a VAE that overflows there (its config's force_upcast) is kept in float32, with one warning.
+    guidance. In float16 an SDXL's VAE that overflows there (its config's force_upcast) is kept in float32, with one
+    warning.
 
     Args:
         vae: AutoencoderKL.
@@ -311,10 +312,13 @@ class SiDPipeline(
         return steps
 
     def _upcast_vae(self) -> None:
-        """Keep a VAE that overflows in float16 in float32, as SDXL's pipeline does while it decodes."""
+        """Keep SDXL's VAE in float32 where it overflows in float16, as its pipeline in diffusers does while it decodes.
+
+        Those before it say force_upcast too, by default, and do not overflow.
+        """
         dtype = self.vae.dtype
         overflows = dtype == torch.float16 or (dtype == torch.float32 and self.unet.dtype == torch.float16)
-        if self.vae.config.force_upcast and overflows:
+        if self.text_encoder_2 is not None and self.vae.config.force_upcast and overflows:
             fall_back("decoding", _UPCAST)
             self.vae.to(torch.float32)
 

@@ -133,13 +133,13 @@ def test_half_precision(made):
 
 
 def test_a_vae_that_overflows_in_float16_stays_in_float32_and_says_so(made, monkeypatch):
-    want = floats(made("sd15"), num_inference_steps=2, seeds=[1, 2])
-    pipe = fresh("sd15", torch_dtype=torch.float16)
+    want = floats(made("sdxl"), num_inference_steps=2, seeds=[1, 2])
+    pipe = fresh("sdxl", torch_dtype=torch.float16)
     assert pipe.unet.dtype == pipe.text_encoder.dtype == torch.float16 and pipe.vae.dtype == torch.float32
     monkeypatch.setattr(dispatch, "_warned", set())
     latents_of(pipe, num_inference_steps=1, seeds=[1, 2])
     with pytest.warns(
-        SlowPathWarning, match="in float16 it stays in float32; load in bfloat16, or set force"
+        SlowPathWarning, match="so it stays in float32; load in bfloat16, or set force"
     ) as record:
         got = floats(pipe, num_inference_steps=2, seeds=[1, 2])
         pipe.to(torch.float16)  # later, all parts
@@ -147,11 +147,20 @@ def test_a_vae_that_overflows_in_float16_stays_in_float32_and_says_so(made, monk
     assert len(record) == 1 and pipe.vae.dtype == torch.float32
     assert np.abs(got - want).max() <= 0.1 and np.abs(again - want).max() <= 0.1
     monkeypatch.setenv("SIGN_FAST_STRICT", "1")
-    with pytest.raises(SlowPathError, match="decoding: the VAE's config says force_upcast"):
+    with pytest.raises(SlowPathError, match="decoding: SDXL's VAE overflows in float16"):
         floats(pipe, num_inference_steps=1, seeds=[1, 2])
     pipe.vae.register_to_config(force_upcast=False)
     pipe.to(torch.float16)
     assert np.isfinite(floats(pipe, num_inference_steps=1, seeds=[1, 2])).all() and pipe.vae.dtype == torch.float16
+
+
+def test_a_vae_that_does_not_overflow_decodes_in_float16(made, recwarn):
+    want = floats(made("sd15"), num_inference_steps=2, seeds=[1, 2])
+    pipe = fresh("sd15", torch_dtype=torch.float16)
+    assert pipe.vae.config.force_upcast  # by default
+    got = floats(pipe, num_inference_steps=2, seeds=[1, 2])
+    assert pipe.vae.dtype == torch.float16 and np.abs(got - want).max() <= 0.1
+    assert not [w for w in recwarn if w.category is SlowPathWarning]
 
 
 # ---- seeds and generators ----
