@@ -18,8 +18,8 @@ else
   READY := $(STAMP)
 endif
 
-  # a process a core; every test runs on one thread
-PARALLEL = $(shell $(PY) -c 'import xdist; print("-n auto")' 2>/dev/null)
+  # a process a core, each test on one thread; a file's tests in one process, which makes what they share once
+PARALLEL = $(shell $(PY) -c 'import xdist; print("-n auto --dist loadfile --no-loadscope-reorder")' 2>/dev/null)
 
 .PHONY: help demo test gpu lint wheel clean in-place
 help:

@@ -26,6 +26,7 @@ from sign_fast.distill import run_monitor
 from sign_fast.distill.batches import Batches
 from sign_fast.distill.monitor import loss_columns
 from sign_fast.distill.pairs import FILE, make_pairs, pairs_at
+from sign_fast.distill.run_settings import check_shares
 from sign_fast.distill.settings import check_settings, remarks
 from sign_fast.distill.trainer import Distiller
 from sign_fast.errors import SignFastError
@@ -498,6 +499,8 @@ def test_data_that_does_not_fit(teacher, tmp_path):
         assert not (tmp_path / "run").exists()
     with pytest.raises(SignFastError, match=r"a batch of 8 does not divide into 1 processes × 3 parts"):
         Distiller(settings(teacher, accumulation=3), tmp_path / "run", CPU)
+    with pytest.raises(SignFastError, match=r"a batch of 9 does not divide into 2 processes"):
+        check_shares(settings(teacher, batch=9), 2)
 
 
 def test_a_student_is_no_teacher(finished, teacher, tmp_path):

@@ -138,9 +138,7 @@ def test_a_vae_that_overflows_in_float16_stays_in_float32_and_says_so(made, monk
     assert pipe.unet.dtype == pipe.text_encoder.dtype == torch.float16 and pipe.vae.dtype == torch.float32
     monkeypatch.setattr(dispatch, "_warned", set())
     latents_of(pipe, num_inference_steps=1, seeds=[1, 2])
-    with pytest.warns(
-        SlowPathWarning, match="so it stays in float32; load in bfloat16, or set force"
-    ) as record:
+    with pytest.warns(SlowPathWarning, match="so it stays in float32; load in bfloat16, or set force") as record:
         got = floats(pipe, num_inference_steps=2, seeds=[1, 2])
         pipe.to(torch.float16)  # later, all parts
         again = floats(pipe, num_inference_steps=2, seeds=[1, 2])
