@@ -19,7 +19,8 @@ else
 endif
 
   # a process a core, each test on one thread; a file's tests in one process, which makes what they share once
-PARALLEL = $(shell $(PY) -c 'import xdist; print("-n auto --dist loadfile --no-loadscope-reorder")' 2>/dev/null)
+PARALLEL = $(shell $(PY) -c 'import xdist._version as v; assert v.version_tuple >= (3, 7); \
+  print("-n auto --dist loadfile --no-loadscope-reorder")' 2>/dev/null)
 
 .PHONY: help demo test gpu lint wheel clean in-place
 help:
