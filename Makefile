@@ -33,6 +33,8 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/launc
 	@touch $@
 
 in-place:
+	@$(PY) -c 'import torch' 2>/dev/null \
+	  || { echo "$(PYTHON) has no torch (2.10 to 2.13): name one that has, or leave PYTHON= away" >&2; exit 1; }
 	@$(PY) setup.py -q build_ext --inplace > build_ext.log 2>&1 && rm -f build_ext.log \
 	  || echo "the extensions cannot be built here, going on without them: see build_ext.log"
 
@@ -40,6 +42,7 @@ demo: $(READY)
 	$(PY) -m sign_fast.cli generate --network digits-uncond --seeds 0-99 --batch 100 --outdir $(OUT)/images --grid $(OUT)/digits.png
 	$(PY) benchmarks/throughput.py --quick --outdir $(OUT)
 	@echo "digits: $(OUT)/digits.png   throughput: $(OUT)/throughput.json, $(OUT)/throughput.png"
+	@test ! -x $(VENV)/bin/sign-fast || echo "next: source $(VENV)/bin/activate, then sign-fast --help"
 
 lint: $(READY)
 	@if $(PY) -c 'import ruff' 2>/dev/null; then $(PY) -m ruff check . && $(PY) -m ruff format --check .; \

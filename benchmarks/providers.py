@@ -8,6 +8,7 @@ Python samplers. sign_fast: the library's engine.
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -149,6 +150,7 @@ class _Compiled:
     """A compiled network; with freezing its weights are constants, and the first call has to know."""
 
     def __init__(self, net: Plain, freezing: bool) -> None:
+        importlib.import_module("torch._inductor.select_algorithm").PRINT_AUTOTUNE = False  # tables by the dozen
         self.compiled = torch.compile(net, mode="max-autotune", dynamic=False)
         self.sigma_min, self.sigma_max, self.round_sigma = net.sigma_min, net.sigma_max, net.round_sigma
         self.freezing = freezing

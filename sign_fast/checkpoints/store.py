@@ -66,6 +66,8 @@ def find(path_or_name: str | os.PathLike[str]) -> Path:
 
     if hub.is_repository(text):
         return hub.fetch(text)
+    if path.suffix.lower() in published.SUFFIXES:
+        raise SignFastError(f"no file {text!r}: name a published snapshot that is there")
     raise SignFastError(f"no network {text!r}: name a folder with {CONFIG} and {WEIGHTS}, or a bundled name ({known})")
 
 

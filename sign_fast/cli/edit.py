@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import SignFastError
+from .origin import is_generated
 
 if TYPE_CHECKING:
     import torch
@@ -153,6 +154,9 @@ def _check_folders(dataset: Dataset, images: str, outdir: Path | None) -> None:
         if other != name:
             raise SignFastError(f"{images}: {other} and {name} would both become {Path(name).with_suffix('.png')}: "
                                 "rename one")  # fmt: skip
+    for path in [] if outdir is None else [outdir / name for name in taken]:
+        if is_generated(path):
+            raise SignFastError(f"{path} is a generated image, which would be lost: choose another --outdir")
 
 
 def _generator(network: str, device: str | None, dtype: torch.dtype, time_free: bool) -> ImageGenerator:

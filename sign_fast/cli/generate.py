@@ -9,6 +9,7 @@ from typing import Any, Literal
 import click
 
 from ..errors import SignFastError
+from .origin import check_kept, note_of, origin
 from .processes import device_for, process_group, this_process
 
 _GRID_LIMIT = 1024
@@ -78,8 +79,9 @@ def generate(
 ) -> None:
     """Generate one image a seed, as OUTDIR/SEED.png.
 
-    Images that are there already are kept, so an interrupted run goes on where it stopped. Under torchrun the batches
-    are spread over the processes; the images are the same.
+    Images that are there already are kept, so an interrupted run goes on where it stopped; each file tells what made
+    it, and those of another network or other settings are refused. Under torchrun the batches are spread over the
+    processes; the images are the same.
 
     \b
     sign-fast generate --network digits-uncond --outdir out --seeds 0-99 --grid out/grid.png
@@ -88,6 +90,7 @@ def generate(
     """
     import torch
 
+    from ..checkpoints.store import find
     from ..sampling import ImageGenerator
     from ..sampling.pictures import check_channels
     from .generate_text import TextGenerator, is_pipeline, read_texts
@@ -101,17 +104,21 @@ def generate(
         texts = read_texts(prompt, prompts, num)
         wanted = _seeds(seeds, num or (len(texts) if seeds is None else None), noise)
         generator, options = TextGenerator(network, where, precision, wanted, texts, steps), {}
+        made = origin(Path(network), dtype=dtype, steps=generator.steps)
     else:
         if prompt is not None or prompts is not None:
-            raise SignFastError(f"prompts go with a text-to-image pipeline's folder: {network} is none")
+            what = "is none" if Path(network).exists() else "is not there"
+            raise SignFastError(f"prompts go with a text-to-image pipeline's folder: {network} {what}")
         wanted = _seeds(seeds, num, noise)
         generator = ImageGenerator.from_pretrained(network, where, precision, noise)
         sampler, options = _sampler(generator, sigma_G, teacher)
         options |= {"steps": steps, "labels": class_idx, "sampler": sampler}
         generator.check(wanted, **options)
         check_channels(generator.image_shape[0])
+        chosen = {**options, "steps": steps or generator.default_steps, "class": options["labels"], "labels": None}
+        made = origin(find(network), dtype=dtype, noise=noise, **chosen)
     with process_group(process, generator.device.type):
-        _run(generator, options, wanted, outdir, subdirs, batch, workers or _cores(), process)
+        _run(generator, options, wanted, outdir, subdirs, batch, workers or _cores(), process, made)
         if process.world > 1:
             torch.distributed.barrier()
         if grid is not None and process.first:
@@ -148,7 +155,7 @@ def _sampler(generator: Any, sigma_G: float | None, teacher: dict[str, Any]) -> 
     if given:
         names = ", ".join(f"--{'disc' if name == 'discretization' else name}" for name in given)
         raise SignFastError(
-            f"{names} go with a teacher's sampler, not with a one- or few-step student: leave them away"
+            f"only a teacher's sampler takes {names}, and this is a one- or few-step student: leave them away"
         )
     if sigma_G is None:
         return generator.sampler, {}
@@ -166,6 +173,7 @@ def _run(
     batch: int,
     workers: int,
     process: Any,
+    made: dict[str, Any],
 ) -> None:
     from tqdm import tqdm
 
@@ -174,10 +182,16 @@ def _run(
 
     # batches are cut before they are spread, so that an image's batch, and with it its rounding, is always the same
     batches = [seeds[i : i + batch] for i in range(0, len(seeds), batch)][process.rank :: process.world]
-    missing = {
-        seed: path for part in batches for seed in part if not (path := image_path(outdir, seed, subdirs)).exists()
-    }
-    for folder in sorted({outdir, *(path.parent for path in missing.values())}):
+    texts: dict[int, str] = getattr(generator, "text_of", {})
+    missing = {}
+    for seed in (seed for part in batches for seed in part):
+        path = image_path(outdir, seed, subdirs)
+        origin_of_image = made if seed not in texts else {**made, "prompt": texts[seed]}
+        if path.exists():
+            check_kept(path, origin_of_image)
+        else:
+            missing[seed] = path, note_of(origin_of_image)
+    for folder in sorted({outdir, *(path.parent for path, _ in missing.values())}):
         make_folder(folder)
     total = sum(map(len, batches))
     kept = total - len(missing)
@@ -190,7 +204,8 @@ def _run(
         for part, images in zip(batches, arrays, strict=True):
             for seed, image in zip(part, images, strict=True):
                 if seed in missing:
-                    writer.save(missing[seed], image)
+                    path, note = missing[seed]
+                    writer.save(path, image, note)
     if process.first:
         note = f" ({kept} were there already)" if kept else ""
         click.echo(f"{len(seeds)} images in {outdir}{note if process.world == 1 else ''}")

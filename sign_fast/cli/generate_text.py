@@ -46,6 +46,10 @@ class TextGenerator:
         texts: one for all of them, or one each.
         steps: None for the pipeline's own.
 
+    Attributes:
+        steps: of all images.
+        text_of: the prompt by seed.
+
     Raises:
         SignFastError: the folder is damaged or not supported, or the numbers of seeds and prompts differ.
     """
@@ -64,7 +68,8 @@ class TextGenerator:
         self._steps = None if steps is None else check_steps(steps)
         self._pipe = SiDPipeline.from_pretrained(network, torch_dtype=dtype).to(self.device)
         PromptEncoder(self._pipe).check(texts)
-        self._text_of = dict(zip(seeds, list(texts) * (len(seeds) if len(texts) == 1 else 1), strict=True))
+        self.steps = self._steps or self._pipe.config.num_inference_steps
+        self.text_of = dict(zip(seeds, list(texts) * (len(seeds) if len(texts) == 1 else 1), strict=True))
 
     def stream(self, batches: Sequence[Sequence[int]]) -> Iterator[Any]:
         """(B, H, W, 3) uint8 arrays, one a batch of seeds."""
@@ -76,5 +81,5 @@ class TextGenerator:
             ):  # each is said once: of the prompts above, of the steps with the first batch
                 for said in ("prompt .* of which", *(["this student was distilled"] if i else [])):
                     warnings.filterwarnings("ignore", said)
-                images = self._pipe([self._text_of[seed] for seed in batch], self._steps, seeds=batch).images
+                images = self._pipe([self.text_of[seed] for seed in batch], self._steps, seeds=batch).images
             yield np.stack([np.asarray(image) for image in images])

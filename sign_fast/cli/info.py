@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from importlib import metadata
+from importlib.util import find_spec
 from typing import Any
 
 import click
@@ -80,7 +81,11 @@ def machine_code() -> dict[str, str]:
         except DamagedPackError as error:
             facts[dispatch.title(pack)] = f"not used: {error}; build it anew or remove it"
     if not packs:
-        facts["packs"] = "none: Triton compiles at each kernel's first call"
+        facts["packs"] = "none: " + (
+            "Triton compiles at each kernel's first call"
+            if find_spec("triton") is not None
+            else "nor is Triton here, so a GPU would run plain PyTorch"
+        )
     for index in range(torch.cuda.device_count()):
         served = dispatch.of_device(index)
         device = figures(index)

@@ -74,6 +74,10 @@ def main(argv: list[str] | None = None) -> Any:
         _fail(first_line(error), 1)
     except SignFastError as error:
         _fail(first_line(error), 1)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        _fail("torch is not installed in this environment: install it (2.10 to 2.13), or activate the right one", 1)
     except (KeyboardInterrupt, click.Abort):
         _fail("interrupted; what was finished is kept, the same command goes on from there", 130)
     except BrokenPipeError:

@@ -166,8 +166,8 @@ def _load(path: Path, device: torch.device) -> Any:
         raise SignFastError(f"no Inception file {path}: {WHICH_FILE}")
     if path.suffix == ".pkl":
         raise SignFastError(
-            f"{path} is a pickle that holds program text, which is never run: take {INCEPTION}, the same network as "
-            "TorchScript"
+            f"{path} is named as a pickle, which can hold a program and is not read here: take {INCEPTION}, the "
+            "same network as TorchScript"
         )
     try:
         with warnings.catch_warnings():

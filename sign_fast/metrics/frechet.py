@@ -112,7 +112,7 @@ def frechet_distance(mu1: Float64, sigma1: Float64, mu2: Float64, sigma2: Float6
         raise SignFastError("the features are not finite: the images or the network hold NaN or infinity")
     cross = np.linalg.svd(_root(sigma1).T @ _root(sigma2), compute_uv=False).sum()
     gap = mu1 - mu2
-    return float(gap @ gap + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
+    return max(0.0, float(gap @ gap + np.trace(sigma1) + np.trace(sigma2) - 2 * cross))  # roundings of equal ones
 
 
 def _root(sigma: Float64) -> Float64:

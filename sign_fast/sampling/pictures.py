@@ -18,6 +18,9 @@ from ..checkpoints.atomic import make_folder, write_atomically
 from ..errors import SignFastError, first_line
 
 UInt8 = npt.NDArray[np.uint8]
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_COMMENT = b"Comment\0"  # a keyword that the PNG standard names
+_LONGEST_NOTE = 1 << 20
 _GRID_PIXELS = 512  # small images are enlarged so that a grid is about this wide
 
 
@@ -33,14 +36,15 @@ def image_path(outdir: Path, seed: int, subdirs: bool) -> Path:
     return folder / f"{seed:06d}.png"
 
 
-def encode_png(image: UInt8) -> bytes:
-    """The PNG file of an (H, W, C) uint8 image, each row filtered by the one above.
+def encode_png(image: UInt8, note: str | None = None) -> bytes:
+    """The PNG file of an (H, W, C) uint8 image, each row filtered by the one above; `note` is a comment in it.
 
     Written out here because Pillow spends twice to four times as long, much of it with the interpreter's lock held;
     zlib releases it.
 
     Raises:
         SignFastError: C is neither 1 nor 3.
+        UnicodeError: the note is not ASCII.
     """
     height, width, channels = image.shape
     check_channels(channels)
@@ -50,21 +54,40 @@ def encode_png(image: UInt8) -> bytes:
     rows[0, 1:] = pixels[0]
     np.subtract(pixels[1:], pixels[:-1], out=rows[1:, 1:])
     header = struct.pack(">IIBBBBB", width, height, 8, 2 if channels == 3 else 0, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.data, 1)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, data) for kind, data in chunks)
+    comment = [] if note is None else [(b"tEXt", _COMMENT + note.encode("ascii"))]
+    chunks = ((b"IHDR", header), *comment, (b"IDAT", zlib.compress(rows.data, 1)), (b"IEND", b""))
+    return _SIGNATURE + b"".join(_chunk(kind, data) for kind, data in chunks)
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(data, zlib.crc32(kind)))
 
 
-def save_png(path: Path, image: UInt8) -> None:
-    """Write an (H, W, C) uint8 image, whole or not at all.
+def read_note(path: Path) -> str | None:
+    """The note that `encode_png` has put in a file; None where there is none, or the file is none of its PNGs.
+
+    Raises:
+        SignFastError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_SIGNATURE) + 25)  # with IHDR
+            length, kind = struct.unpack(">I4s", file.read(8).ljust(8, b"\0"))
+            if not start.startswith(_SIGNATURE) or kind != b"tEXt":
+                return None
+            data = file.read(min(length, _LONGEST_NOTE))
+    except OSError as error:
+        raise SignFastError(f"cannot read {path} ({first_line(error)})") from error
+    return data.removeprefix(_COMMENT).decode("ascii", "replace") if data.startswith(_COMMENT) else None
+
+
+def save_png(path: Path, image: UInt8, note: str | None = None) -> None:
+    """Write an (H, W, C) uint8 image, whole or not at all; `note` as in `encode_png`.
 
     Raises:
         SignFastError: C is neither 1 nor 3, or the file cannot be written.
     """
-    data = encode_png(image)
+    data = encode_png(image, note)
     write_atomically(path, lambda temporary: temporary.write_bytes(data), durable=False)
 
 
@@ -91,15 +114,15 @@ class PngWriter:
         self._waiting = waiting
         self._jobs: deque[Future[None]] = deque()
 
-    def save(self, path: Path, image: UInt8) -> None:
-        """Have an (H, W, C) uint8 image written; it is not copied, so leave it as it is.
+    def save(self, path: Path, image: UInt8, note: str | None = None) -> None:
+        """Have an (H, W, C) uint8 image written, with a note; it is not copied, so leave it as it is.
 
         Raises:
             SignFastError: an image before this one could not be written.
         """
         while len(self._jobs) >= self._waiting or (self._jobs and self._jobs[0].done()):
             self._finish_oldest()
-        self._jobs.append(self._pool.submit(save_png, path, image))
+        self._jobs.append(self._pool.submit(save_png, path, image, note))
 
     def _finish_oldest(self) -> None:
         self._jobs.popleft().result()

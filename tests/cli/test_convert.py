@@ -98,7 +98,7 @@ def test_bad_input_leaves_everything_as_it_was(capfd):
         (("cut.pkl", "net"), "cut.pkl is truncated"),
         (("evil.pkl", "new"), "evil.pkl names os.system, which no published network needs"),
         (("text.txt", "new"), "text.txt is a file: a network is"),
-        (("nowhere.pkl", "new"), "no network 'nowhere.pkl'"),
+        (("nowhere.pkl", "new"), "no file 'nowhere.pkl'"),
         (("x.pkl", "new", "--role", "teacher", "--sigma", "2"), "--sigma is the input noise level of a student"),
         (("x.pkl", "new", "--role", "student", "--sigma", "nan"), "--sigma must be a finite number"),
         (("digits-sign", "new", "--role", "teacher"), "cannot be a teacher"),

@@ -12,10 +12,11 @@ from PIL import Image
 
 from sign_fast import models
 from sign_fast.checkpoints.store import find, read_config, save_network
+from sign_fast.cli.origin import note_of
 from sign_fast.data import open_dataset
 from sign_fast.editing import PatchMeans, project
 from sign_fast.sampling.engine import Engine
-from sign_fast.sampling.pictures import read_png
+from sign_fast.sampling.pictures import read_png, save_png
 from tests.cli.test_generate import run
 from tests.network_cases import NETWORKS, network
 
@@ -233,6 +234,7 @@ def test_what_is_wrong_is_said_in_one_line_and_nothing_is_written(tmp_path, capf
         (grey, "denoise", good, ["--num", 4], "has 3 images"),
         (grey, "denoise", good, ["--class", 1], "unconditional"),
         (grey, "denoise", good, ["--outdir", good], "which would be lost"),
+        (grey, "denoise", good, ["--outdir", tmp_path / "made"], "picture1.png is a generated image, which would be"),
         ("digits-uncond", "denoise", good, [], "--network needs a student without a noise level"),
         ("digits-nothing", "denoise", good, [], "no network 'digits-nothing'"),
         (grey, "denoise", good, ["--evaluate", "--teacher", grey], "--teacher needs a network with a noise level"),
@@ -240,6 +242,8 @@ def test_what_is_wrong_is_said_in_one_line_and_nothing_is_written(tmp_path, capf
         (colour, "denoise", write_images(tmp_path / "rgb16", mode="RGB", size=16),
          ["--evaluate", "--teacher", "digits-uncond"], "choose a teacher of the same"),
     ]  # fmt: skip
+    (tmp_path / "made").mkdir()
+    save_png(tmp_path / "made" / "picture1.png", np.zeros((8, 8, 1), np.uint8), note_of({"network": "one"}))
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     for student, task, images, words, message in cases:
         outdir = [] if "--outdir" in words else ["--outdir", tmp_path / "out"]

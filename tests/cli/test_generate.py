@@ -21,6 +21,7 @@ from PIL import Image
 
 from sign_fast.checkpoints.store import bundled_names, find
 from sign_fast.cli.main import main
+from sign_fast.cli.origin import fingerprint
 from sign_fast.sampling import ImageGenerator, SeededNoise, pictures
 from sign_fast.sampling.pictures import PngWriter
 
@@ -72,6 +73,42 @@ def test_resumes_and_gives_the_same_bytes(tmp_path, capfd):
     assert status == 0 and "2 were there already" in out
     assert files(tmp_path / "part") == whole
     assert (tmp_path / "part" / "000005.png").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("words", "network", "message"),
+    [
+        ([], "digits-cond", "made with another network"),
+        (["--steps", 3], "digits-uncond", "made with steps 2, not 3"),
+        (["--steps", 2, "--dtype", "bfloat16"], "digits-uncond", "made with dtype 'float32', not 'bfloat16'"),
+        (["--steps", 2, "--rho", 5], "digits-uncond", "made with rho none, not 5.0"),
+        (["--steps", 2, "--noise", "philox"], "digits-uncond", "made with noise 'torch', not 'philox'"),
+    ],
+    ids=["network", "steps", "dtype", "option", "noise"],
+)
+def test_images_made_otherwise_are_not_taken_for_these(words, network, message, tmp_path, capfd):
+    generate(capfd, tmp_path, "--seeds", "0,1", "--steps", 2)
+    before = files(tmp_path)
+    status, _, err = generate(capfd, tmp_path, "--seeds", "1,2", *words, network=network)
+    assert status == 1 and f"000001.png is there already, {message}: choose another --outdir" in err
+    assert files(tmp_path) == before
+
+
+def test_an_image_of_another_program_is_not_taken_for_one(tmp_path, capfd):
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "000001.png")
+    status, _, err = generate(capfd, tmp_path, "--seeds", "0-2")
+    assert status == 1 and "000001.png is there already and does not tell what made it" in err
+    assert len(files(tmp_path)) == 1
+
+
+def test_a_network_is_known_wherever_it_lies(tmp_path):
+    from sign_fast.checkpoints.store import find
+
+    shutil.copytree(find("digits-uncond"), tmp_path / "copy")
+    assert fingerprint(tmp_path / "copy") == fingerprint(find("digits-uncond")) != fingerprint(find("digits-cond"))
+    weights = tmp_path / "copy" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    assert fingerprint(tmp_path / "copy") != fingerprint(find("digits-uncond"))
 
 
 def test_num_and_class(tmp_path, capfd):
@@ -184,7 +221,7 @@ def test_bad_network_folder(tmp_path, capfd, change, message):
         (["--network", "Makefile"], 1, "is a file"),
         (["--device", "cuda:99"], 1, "is not here"),
         (["--device", "toaster"], 1, "not a device"),
-        (["--sigma_G", "2.5", "--rho", "7"], 1, "--rho go with a teacher"),
+        (["--sigma_G", "2.5", "--rho", "7"], 1, "only a teacher's sampler takes --rho, and"),
         (["--nonsense"], 2, "--nonsense"),
         (["--seeds", "1-3,2"], 1, "seed 2 is there twice"),
         (["--seeds", "9223372036854775808"], 1, "seed 9223372036854775808 is out of range"),
@@ -315,14 +352,13 @@ def test_student_without_time_input(tmp_path, capfd, monkeypatch):
     )  # three steps
     picture = np.asarray(Image.open(tmp_path / "a" / "000000.png"))
     assert (picture == want.transpose(1, 2, 0)).all()
-    for word, message in (("--sigma_G", "this one takes none"), ("--rho", "--rho go with a teacher")):
+    for word, message in (("--sigma_G", "this one takes none"), ("--rho", "only a teacher's sampler takes --rho, and")):
         status, _, err = generate(capfd, tmp_path / "b", "--num", 2, word, 2)
         assert status == 1 and message in err and err.count("\n") == 1
 
 
 def test_the_bar_counts_what_has_been_saved(tmp_path, capfd):
-    for seed in (1, 5, 6):
-        shutil.copy(Path(__file__).parents[2] / "README.md", tmp_path / f"{seed:06d}.png")  # it is there: kept
+    generate(capfd, tmp_path, "--seeds", "1,5,6")
     status, _, err = generate(capfd, tmp_path, "--num", 10, "--batch", 4)
     assert status == 0 and "3/10" in err and "10/10" in err.splitlines()[-1]
 
@@ -331,8 +367,8 @@ def test_at_most_so_many_images_wait(tmp_path, capfd, monkeypatch):
     waiting, wanted = [], threading.Event()
     save, finish = PngWriter.save, PngWriter._finish_oldest
 
-    def counting(self, path, image):
-        save(self, path, image)
+    def counting(self, path, image, note):
+        save(self, path, image, note)
         waiting.append(len(self._jobs))
 
     def finishing(self):
@@ -341,7 +377,7 @@ def test_at_most_so_many_images_wait(tmp_path, capfd, monkeypatch):
 
     monkeypatch.setattr(PngWriter, "save", counting)
     monkeypatch.setattr(PngWriter, "_finish_oldest", finishing)
-    monkeypatch.setattr(pictures, "save_png", lambda path, image: wanted.wait())  # slower than any generator
+    monkeypatch.setattr(pictures, "save_png", lambda path, image, note: wanted.wait())  # slower than any generator
     assert generate(capfd, tmp_path, "--num", 700, "--batch", 350, "--workers", 2)[0] == 0
     assert len(waiting) == 700 and max(waiting) == 256
 

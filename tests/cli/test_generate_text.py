@@ -56,6 +56,8 @@ def test_one_prompt_and_several(student, tmp_path, capfd):
     assert np.abs(pictures(tmp_path / "b")["000001.png"].astype(int) - np.asarray(alone)).max() <= 1
     status, out, _ = generate(capfd, student, tmp_path / "b", *words, "--num", 2)
     assert status == 0 and "2 images" in out and "2 were there already" in out
+    status, _, err = generate(capfd, student, tmp_path / "b", "--prompt", "a cat", "--seeds", "1", "--steps", 1)
+    assert status == 1 and "000001.png is there already, made with prompt 'the red dog', not 'a cat'" in err
 
 
 @pytest.mark.parametrize(
@@ -67,7 +69,7 @@ def test_one_prompt_and_several(student, tmp_path, capfd):
         (["--prompt", " "], "--prompt is blank: give a text"),
         (["--prompt", "a", "--rho", "7", "--class", "1"], "--rho, --class do not go with a text-to-image pipeline"),
         (["--prompt", "a", "--noise", "philox"], "--noise philox does not go with"),
-        (["--prompt", "a", "--steps", "900"], "num_inference_steps must be 1 to 4"),
+        (["--prompt", "a", "--steps", "900"], "num_inference_steps must be 1 to 625, not 900"),
     ],
 )
 def test_bad_options(student, tmp_path, capfd, words, message):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sign_fast.errors import SignFastError
 from sign_fast.sampling import pictures
-from sign_fast.sampling.pictures import PngWriter, encode_png, read_png, save_grid, save_png
+from sign_fast.sampling.pictures import PngWriter, encode_png, read_note, read_png, save_grid, save_png
 
 
 def image(*shape, seed=0):
@@ -56,7 +56,7 @@ def test_few_images_are_kept(tmp_path, monkeypatch, workers):
     class Counted(np.ndarray):
         __hash__ = object.__hash__
 
-    def save(path, picture):
+    def save(path, picture, note):
         with lock:
             most[0] = max(most[0], len(list(alive)))
 
@@ -72,10 +72,23 @@ def test_few_images_are_kept(tmp_path, monkeypatch, workers):
     assert sum(counts) == 200
 
 
+def test_a_note_is_read_back(tmp_path):
+    want = image(3, 5, 3)
+    for note in ("made by a test", None):
+        save_png(tmp_path / "a.png", want, note)
+        assert read_note(tmp_path / "a.png") == note
+        with Image.open(tmp_path / "a.png") as picture:
+            assert picture.info.get("Comment") == note
+        assert np.array_equal(read_png(tmp_path / "a.png"), want)
+    for content in (b"", b"\x89PNG\r\n\x1a\n", b"text"):
+        (tmp_path / "b.png").write_bytes(content)
+        assert read_note(tmp_path / "b.png") is None
+
+
 def test_an_error_stops_the_next_save_and_drops_what_waits(tmp_path, monkeypatch):
     begun = []
 
-    def save(path, picture):
+    def save(path, picture, note):
         begun.append(path.name)
         raise SignFastError(f"cannot write {path.name}")
 

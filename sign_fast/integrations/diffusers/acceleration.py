@@ -15,7 +15,6 @@ from .report import Acceleration, Found
 from .versions import require_diffusers
 
 SUPPORTED = ("UNet2DModel", "UNet2DConditionModel", "AutoencoderKL")
-_STRIDES = "_sign_fast_strides"
 
 _COMPILED = Reason("it is compiled already", "accelerate first, then torch.compile")
 
@@ -71,6 +70,8 @@ def restore(pipeline_or_model: Any) -> None:
             since (parametrized, sharded). Nothing is changed then.
     """
     require_diffusers()
+    from . import sites
+
     models = _models(pipeline_or_model)
     for prefix, model in models.items():
         for name, module in model.named_modules(prefix=prefix):
@@ -83,7 +84,7 @@ def restore(pipeline_or_model: Any) -> None:
             if is_ours(type(module)):  # a LoRA layer's convolution too, which peft makes of its base layer's class
                 become(module, plain_class(module))
             _disconnect(module)
-            for name, (shape, stride) in module.__dict__.pop(_STRIDES, {}).items():
+            for name, (shape, stride) in module.__dict__.pop(sites.STRIDES, {}).items():
                 if not owned:
                     _lay_out(getattr(module, name, None), shape, stride)
 
@@ -181,7 +182,7 @@ def _keep_strides(module: nn.Module) -> None:
 
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.ndim == 4 and sites.parameter_reason(parameter) is None:
-            kept = module.__dict__.setdefault(_STRIDES, {})
+            kept = module.__dict__.setdefault(sites.STRIDES, {})
             kept.setdefault(name, (parameter.shape, parameter.stride()))
 
 

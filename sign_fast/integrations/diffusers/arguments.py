@@ -25,7 +25,7 @@ def check_steps(value: Any) -> int:
     """
     steps = whole_number(value, "num_inference_steps")
     if not 1 <= steps <= MOST_STEPS:
-        raise SignFastError(f"num_inference_steps must be 1 to 4 as distilled, {MOST_STEPS} at most, not {steps}")
+        raise SignFastError(f"num_inference_steps must be 1 to {MOST_STEPS}, not {steps}")
     return steps
 
 

@@ -29,6 +29,9 @@ from .modules import (
 )
 from .report import Found
 
+STRIDES = "_sign_fast_strides"
+"""The attribute with the shapes and strides that a module's weights had before they were laid out in channels_last."""
+
 # a network's last norm; the skip connections' in NCSN++'s up blocks
 _PAIRS = (("conv_norm_out", "conv_act"), ("skip_norm", "act"))
 _NORM, _NORM_SILU, _SUM, _ATTENTION = "GroupNorm", "GroupNorm–SiLU", "residual sum", "attention"
@@ -94,9 +97,14 @@ def look(model: nn.Module, prefix: str, owned: bool) -> Iterator[Found]:
         yield Found(name, c.kind, c.uses, reason)
         if reason is None and c.kind == _ATTENTION and kernel_reason(c.module) is not None:
             yield Found(name, "attention kernel", "", kernel_reason(c.module))
+    kept = {
+        ".".join(filter(None, (name, own))) for name, m in model.named_modules() for own in m.__dict__.get(STRIDES, ())
+    }
     for name, parameter in images(model):
         reason = _PARAMETER if owned else parameter_reason(parameter)
-        if reason is None and not parameter.is_contiguous(memory_format=torch.channels_last):
+        if reason is None and name not in kept:
+            reason = _PLAIN
+        elif reason is None and not parameter.is_contiguous(memory_format=torch.channels_last):
             reason = _FORMAT
         yield Found(".".join(filter(None, (prefix, name))), "convolution weight", "channels_last", reason)
 
