@@ -117,7 +117,7 @@ def test_missing_file_and_pickle_of_the_same_network(tmp_path):
     with pytest.raises(SignFastError, match="no Inception file"):
         InceptionDetector(tmp_path / "nowhere.pt", "cpu")
     (tmp_path / "inception-2015-12-05.pkl").write_bytes(b"")
-    with pytest.raises(SignFastError, match="is a pickle that holds program text, which is never run"):
+    with pytest.raises(SignFastError, match="is named as a pickle, which can hold a program and is not read"):
         InceptionDetector(tmp_path / "inception-2015-12-05.pkl", "cpu")
 
 
