@@ -102,9 +102,8 @@ def look(model: nn.Module, prefix: str, owned: bool) -> Iterator[Found]:
     }
     for name, parameter in images(model):
         reason = _PARAMETER if owned else parameter_reason(parameter)
-        if reason is None and name not in kept:
-            reason = _PLAIN
-        elif reason is None and not parameter.is_contiguous(memory_format=torch.channels_last):
+        laid_out = name in kept and parameter.is_contiguous(memory_format=torch.channels_last)
+        if reason is None and not laid_out:
             reason = _FORMAT
         yield Found(".".join(filter(None, (prefix, name))), "convolution weight", "channels_last", reason)
 
