@@ -262,7 +262,7 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "folder.pkl").mkdir()
     with pytest.raises(SignFastError, match=r"holds no config\.json"):
         models.load(tmp_path / "folder.pkl", "cpu")
-    with pytest.raises(SignFastError, match="no network"):
+    with pytest.raises(SignFastError, match="no file"):
         models.load(tmp_path / "nowhere.pkl", "cpu")
 
 
