@@ -107,8 +107,8 @@ def generate(
         made = origin(Path(network), dtype=dtype, steps=generator.steps)
     else:
         if prompt is not None or prompts is not None:
-            what = "is none" if Path(network).exists() else "is not there"
-            raise SignFastError(f"prompts go with a text-to-image pipeline's folder: {network} {what}")
+            find(network)  # it says what is not there at all
+            raise SignFastError(f"prompts go with a text-to-image pipeline's folder: {network} is none")
         wanted = _seeds(seeds, num, noise)
         generator = ImageGenerator.from_pretrained(network, where, precision, noise)
         sampler, options = _sampler(generator, sigma_G, teacher)
