@@ -112,7 +112,8 @@ def frechet_distance(mu1: Float64, sigma1: Float64, mu2: Float64, sigma2: Float6
         raise SignFastError("the features are not finite: the images or the network hold NaN or infinity")
     cross = np.linalg.svd(_root(sigma1).T @ _root(sigma2), compute_uv=False).sum()
     gap = mu1 - mu2
-    return max(0.0, float(gap @ gap + np.trace(sigma1) + np.trace(sigma2) - 2 * cross))  # roundings of equal ones
+    found = gap @ gap + np.trace(sigma1) + np.trace(sigma2) - 2 * cross
+    return float(np.maximum(0.0, found))  # of equal ones roundings may be left, of a NaN a NaN
 
 
 def _root(sigma: Float64) -> Float64:

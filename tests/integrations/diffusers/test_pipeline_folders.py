@@ -250,7 +250,7 @@ def test_tokenizers_that_say_no_length(copied, length):
             "torch_dtype must be torch.bfloat16, torch.float16 or torch.float32, not torch.int8",
         ),
         ({"torch_dtype": torch.float16, "dtype": torch.float16}, "are one option"),
-        ({"num_inference_steps": 0}, "num_inference_steps must be 1 to 4"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be 1 to 625"),
         ({"noise_type": "old"}, "noise_type must be fresh, fixed or ddim"),
         ({"device_map": "balanced"}, "from_pretrained takes no device_map"),
         ({"custom_pipeline": "mine"}, "from_pretrained takes no custom_pipeline"),
