@@ -111,12 +111,12 @@ def generate(
             raise SignFastError(f"prompts go with a text-to-image pipeline's folder: {network} is none")
         wanted = _seeds(seeds, num, noise)
         generator = ImageGenerator.from_pretrained(network, where, precision, noise)
-        sampler, options = _sampler(generator, sigma_G, teacher)
-        options |= {"steps": steps, "labels": class_idx, "sampler": sampler}
+        sampler, given = _sampler(generator, sigma_G, teacher)
+        options = {**given, "steps": steps, "labels": class_idx, "sampler": sampler}
         generator.check(wanted, **options)
         check_channels(generator.image_shape[0])
-        chosen = {**options, "steps": steps or generator.default_steps, "class": options["labels"], "labels": None}
-        made = origin(find(network), dtype=dtype, noise=noise, **chosen)
+        told = {"steps": steps or generator.default_steps, "class": class_idx, "sampler": sampler}
+        made = origin(find(network), dtype=dtype, noise=noise, **told, **given)
     with process_group(process, generator.device.type):
         _run(generator, options, wanted, outdir, subdirs, batch, workers or _cores(), process, made)
         if process.world > 1:

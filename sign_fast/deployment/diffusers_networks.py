@@ -33,12 +33,12 @@ def text_to_image(name: str, dtype: torch.dtype) -> dict[Call, None]:
     """
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    from ..integrations.diffusers.parts import Predictor
+    from ..integrations.diffusers.parts import Predictor, pixels_of
 
     with torch.device("meta"):
         unet = _accelerated(UNet2DConditionModel(**UNETS[name]), dtype)
         vae = _accelerated(AutoencoderKL(**AUTOENCODER), dtype)
-        side, pixels = unet.config.sample_size, 2 ** (len(vae.config.block_out_channels) - 1)
+        side, pixels = unet.config.sample_size, pixels_of(vae)
         latents = torch.empty(BATCH, unet.config.in_channels, side, side)
         images = torch.empty(BATCH, 3, side * pixels, side * pixels, dtype=dtype)
         text = TextConditioning(torch.empty(BATCH, 77, unet.config.cross_attention_dim))
