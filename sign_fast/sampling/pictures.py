@@ -12,15 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..checkpoints.atomic import make_folder, write_atomically
 from ..errors import SignFastError, first_line
 
 UInt8 = npt.NDArray[np.uint8]
-_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COMMENT = b"Comment\0"  # a keyword that the PNG standard names
-_LONGEST_NOTE = 1 << 20
 _GRID_PIXELS = 512  # small images are enlarged so that a grid is about this wide
 
 
@@ -56,7 +54,7 @@ def encode_png(image: UInt8, note: str | None = None) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 2 if channels == 3 else 0, 0, 0, 0)
     comment = [] if note is None else [(b"tEXt", _COMMENT + note.encode("ascii"))]
     chunks = ((b"IHDR", header), *comment, (b"IDAT", zlib.compress(rows.data, 1)), (b"IEND", b""))
-    return _SIGNATURE + b"".join(_chunk(kind, data) for kind, data in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, data) for kind, data in chunks)
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
@@ -64,21 +62,19 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def read_note(path: Path) -> str | None:
-    """The note that `encode_png` has put in a file; None where there is none, or the file is none of its PNGs.
+    """The note that `encode_png` has put in a file; None where there is none, or the file is no image.
 
     Raises:
         SignFastError: the file cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            start = file.read(len(_SIGNATURE) + 25)  # with IHDR
-            length, kind = struct.unpack(">I4s", file.read(8).ljust(8, b"\0"))
-            if not start.startswith(_SIGNATURE) or kind != b"tEXt":
-                return None
-            data = file.read(min(length, _LONGEST_NOTE))
-    except OSError as error:
+        with Image.open(path) as picture:
+            note = picture.info.get("Comment")
+    except UnidentifiedImageError:
+        return None
+    except (OSError, ValueError, SyntaxError) as error:
         raise SignFastError(f"cannot read {path} ({first_line(error)})") from error
-    return data.removeprefix(_COMMENT).decode("ascii", "replace") if data.startswith(_COMMENT) else None
+    return note if isinstance(note, str) else None
 
 
 def save_png(path: Path, image: UInt8, note: str | None = None) -> None:
