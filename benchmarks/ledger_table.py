@@ -1,4 +1,4 @@
-"""Writes README's tables from the ledger, so that every figure there has a row; --check only compares.
+"""Writes the tables of README and docs from the ledger, so that every figure there has a row; --check only compares.
 
 A table stands between `<!-- ledger preset=digits-uncond device_type=cpu -->` and `<!-- /ledger -->`; the words filter
 the rows (`sampler=edm steps=18 threads=1`; `mode=latency`, `mode=training` or `mode=diffusers`, else it is
@@ -25,6 +25,7 @@ import click
 
 from benchmarks.ledger import COLUMNS, DEFAULT, read
 
+PAGES = [DEFAULT.parents[2] / name for name in ("README.md", "docs/performance.md")]
 _MARKED = re.compile(r"(<!-- (ledger|kernels) ([^>]*?) ?-->\n).*?(<!-- /\2 -->)", re.S)
 
 
@@ -164,21 +165,22 @@ def rewritten(text: str, rows: list[dict[str, str]], kernel_rows: list[dict[str,
 
 @click.command()
 @click.option("--check", is_flag=True, help="Write nothing; exit with 1 if the file is not current.")
-@click.argument("path", type=click.Path(path_type=Path, exists=True, dir_okay=False), default="README.md")
-def main(check: bool, path: Path) -> None:
-    """Make the tables of PATH (README.md) from benchmarks/results/ledger.csv and kernels.csv."""
+@click.argument("paths", type=click.Path(path_type=Path, exists=True, dir_okay=False), nargs=-1)
+def main(check: bool, paths: tuple[Path, ...]) -> None:
+    """Make the tables of PATHS (README.md and docs/performance.md) from the ledgers in benchmarks/results."""
     from benchmarks.kernels import LEDGER as KERNELS
     from sign_fast.checkpoints.atomic import write_text
 
-    text = path.read_text(encoding="utf-8")
-    try:
-        new = rewritten(text, read(DEFAULT), read(KERNELS))
-    except (OSError, ValueError) as error:
-        raise click.ClickException(str(error)) from error
-    if check and new != text:
-        raise click.ClickException(f"{path} is not what the ledger says: run python benchmarks/ledger_table.py")
-    if not check:
-        write_text(path, new)
+    for path in paths or PAGES:
+        text = path.read_text(encoding="utf-8")
+        try:
+            new = rewritten(text, read(DEFAULT), read(KERNELS))
+        except (OSError, ValueError) as error:
+            raise click.ClickException(f"{path}: {error}") from error
+        if check and new != text:
+            raise click.ClickException(f"{path} is not what the ledger says: run python benchmarks/ledger_table.py")
+        if not check and new != text:
+            write_text(path, new)
 
 
 if __name__ == "__main__":

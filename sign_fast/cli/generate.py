@@ -99,11 +99,13 @@ def generate(
     where, precision = device_for(process, device), getattr(torch, dtype)
     generator: Any
     options: dict[str, Any]
+    text_of: dict[int, str] = {}
     if is_pipeline(network):
         _refuse_for_pipelines({**teacher, "sigma_G": sigma_G, "class": class_idx}, noise)
         texts = read_texts(prompt, prompts, num)
         wanted = _seeds(seeds, num or (len(texts) if seeds is None else None), noise)
         generator, options = TextGenerator(network, where, precision, wanted, texts, steps), {}
+        text_of = generator.text_of
         made = origin(Path(network), dtype=dtype, steps=generator.steps)
     else:
         if prompt is not None or prompts is not None:
@@ -118,7 +120,7 @@ def generate(
         told = {"steps": steps or generator.default_steps, "class": class_idx, "sampler": sampler}
         made = origin(find(network), dtype=dtype, noise=noise, **told, **given)
     with process_group(process, generator.device.type):
-        _run(generator, options, wanted, outdir, subdirs, batch, workers or _cores(), process, made)
+        _run(generator, options, wanted, outdir, subdirs, batch, workers or _cores(), process, made, text_of)
         if process.world > 1:
             torch.distributed.barrier()
         if grid is not None and process.first:
@@ -174,6 +176,7 @@ def _run(
     workers: int,
     process: Any,
     made: dict[str, Any],
+    text_of: dict[int, str],
 ) -> None:
     from tqdm import tqdm
 
@@ -182,16 +185,18 @@ def _run(
 
     # batches are cut before they are spread, so that an image's batch, and with it its rounding, is always the same
     batches = [seeds[i : i + batch] for i in range(0, len(seeds), batch)][process.rank :: process.world]
-    texts: dict[int, str] = getattr(generator, "text_of", {})
+
+    def origin_of(seed: int) -> dict[str, Any]:
+        return {**made, "prompt": text_of[seed]} if seed in text_of else made
+
     missing = {}
     for seed in (seed for part in batches for seed in part):
         path = image_path(outdir, seed, subdirs)
-        origin_of_image = made if seed not in texts else {**made, "prompt": texts[seed]}
         if path.exists():
-            check_kept(path, origin_of_image)
+            check_kept(path, origin_of(seed))
         else:
-            missing[seed] = path, note_of(origin_of_image)
-    for folder in sorted({outdir, *(path.parent for path, _ in missing.values())}):
+            missing[seed] = path
+    for folder in sorted({outdir, *(path.parent for path in missing.values())}):
         make_folder(folder)
     total = sum(map(len, batches))
     kept = total - len(missing)
@@ -204,8 +209,7 @@ def _run(
         for part, images in zip(batches, arrays, strict=True):
             for seed, image in zip(part, images, strict=True):
                 if seed in missing:
-                    path, note = missing[seed]
-                    writer.save(path, image, note)
+                    writer.save(missing[seed], image, note_of(origin_of(seed)))
     if process.first:
         note = f" ({kept} were there already)" if kept else ""
         click.echo(f"{len(seeds)} images in {outdir}{note if process.world == 1 else ''}")

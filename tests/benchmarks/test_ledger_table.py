@@ -1,4 +1,4 @@
-"""README's figures are the ledger's."""
+"""The figures in README and docs are the ledger's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.kernels import LEDGER as KERNELS
 from benchmarks.ledger import COLUMNS, DEFAULT, read
-from benchmarks.ledger_table import rewritten
+from benchmarks.ledger_table import PAGES, rewritten
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,11 +19,13 @@ def row(**changes):
     return {**base, **changes}
 
 
-def test_readme_is_current():
-    text = (ROOT / "README.md").read_text()
-    assert "<!-- ledger" in text
-    assert "<!-- kernels" in text
-    assert rewritten(text, read(DEFAULT), read(KERNELS)) == text
+def test_every_table_is_current():
+    marked = {path for path in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")] if "<!-- ledger" in path.read_text()}
+    assert marked == set(PAGES)
+    assert "<!-- kernels" in "".join(path.read_text() for path in PAGES)
+    for path in PAGES:
+        text = path.read_text()
+        assert rewritten(text, read(DEFAULT), read(KERNELS)) == text, path.name
 
 
 def test_newest_row_of_each_provider_is_shown():
