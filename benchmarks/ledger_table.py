@@ -31,6 +31,7 @@ _MARKED = re.compile(r"(<!-- (ledger|kernels) ([^>]*?) ?-->\n).*?(<!-- /\2 -->)"
 
 _SETTING = ("sampler", "steps", "dtype", "threads")  # each combination is a measurement of its own
 _NUMBERS = ("batch", "steps", "threads")
+_SPREAD = ("ms_p50", "ms_p20", "ms_p80")
 _Row = dict[str, str]
 
 
@@ -42,11 +43,14 @@ def _rate(r: _Row) -> str:
     if not r["images_per_second"]:
         return "–"
     rate = float(r["images_per_second"])
-    return f"{rate:.0f}" if rate >= 100 else f"{rate:.1f}"
+    return f"{rate:.0f}" if rate >= 100 else f"{rate:.1f}" if rate >= 1 else f"{rate:.2f}"
 
 
 def _spread(r: _Row) -> str:
-    return f"{float(r['ms_p50']):.3g} ({float(r['ms_p20']):.3g}, {float(r['ms_p80']):.3g})" if r["ms_p50"] else "–"
+    if not r["ms_p50"]:
+        return "–"
+    p50, p20, p80 = (f"{ms:.0f}" if (ms := float(r[key])) >= 1000 else f"{ms:.3g}" for key in _SPREAD)
+    return f"{p50} ({p20}, {p80})"
 
 
 # heading, cell, and the column that has to be filled in by a row for the heading to be shown

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from sign_fast.kernels.packs.store import Pack
 from tests.cli.test_generate import run
@@ -18,11 +19,18 @@ triton = pytest.importorskip("triton")
 
 
 def test_packs_for_a_network_of_ones_own(tmp_path, capfd, monkeypatch):
-    """Of a folder, or of the run that it came from; only a few calls are compiled, which takes seconds."""
+    """Of a folder, or of the run that it came from; the network is recorded once, and a few of its calls compiled."""
     from sign_fast.deployment import recording
 
-    everything = recording.calls_of
-    monkeypatch.setattr(recording, "calls_of", lambda *network: dict.fromkeys(list(everything(*network))[:3]))
+    everything, recorded = recording.calls_of, []
+
+    def few_calls(*network):
+        if not recorded:
+            recorded.append((network, dict.fromkeys(list(everything(*network, dtypes=(torch.float32,)))[:3])))
+        assert network == recorded[0][0]
+        return recorded[0][1]
+
+    monkeypatch.setattr(recording, "calls_of", few_calls)
     run_folder = tmp_path / "run"
     run_folder.mkdir()
     write_teacher(run_folder / "network")

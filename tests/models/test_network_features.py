@@ -63,7 +63,7 @@ def test_compile_without_a_break_forward_and_backward():
     labels = torch.eye(10)[[1, 4]]
     want = net(X, SIGMA, labels)
     grads = torch.autograd.grad(want.square().sum(), list(net.parameters()))
-    compiled = torch.compile(net, fullgraph=True)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")  # tests/kernels/test_compile.py runs inductor
     got = compiled(X, SIGMA, labels)
     assert relative_error(got, want) <= OUTPUT_TOLERANCE
     for a, b in zip(torch.autograd.grad(got.square().sum(), list(net.parameters())), grads, strict=True):
