@@ -51,7 +51,7 @@ lint: $(READY)
 
 test: lint
 	$(PY) -m pytest $(PARALLEL)
-	TRITON_INTERPRET=1 $(PY) -m pytest $(PARALLEL) tests/kernels_triton
+	TRITON_INTERPRET=1 $(PY) -m pytest $(if $(PARALLEL),-n auto --dist worksteal) tests/kernels_triton
 
 gpu: $(filter-out in-place,$(READY))  # building the extension is its own first step
 	@$(PY) benchmarks/gpu.py --results "$(RESULTS)"
